@@ -1,4 +1,4 @@
-//! Tests of the arena: one owner per run, bytes that stay still under a pin, and every run back
+//! Tests of the arena: a run has one owner, its bytes do not change under a pin, and it comes back
 //! exactly once.
 
 use super::*;
@@ -26,7 +26,7 @@ fn frames_are_disjoint_aligned_and_come_back() {
     assert_eq!(arena.free_blocks(), 1100 - 1023);
 }
 
-/// Memory must never run out because of where earlier frames lay.
+/// Fragmentation by earlier frames must never make memory run out.
 #[test]
 #[cfg_attr(miri, ignore = "thousands of frames")]
 fn everything_returned_can_be_had_again() {
@@ -73,7 +73,7 @@ fn a_pin_outlives_the_arena() {
     assert!(std::thread::spawn(move || pin.iter().all(|&b| b == 9)).join().unwrap());
 }
 
-/// Sizes that are no multiple of a huge page must not hand out memory beyond their end.
+/// An arena whose size is not a multiple of a huge page must not hand out memory beyond its end.
 #[test]
 fn any_number_of_blocks_is_handed_out_exactly() {
     let counts: &[u32] = if cfg!(miri) { &[1, 3, 9] } else { &[1, 2, 3, 511, 512, 513, 1025] };
@@ -85,12 +85,12 @@ fn any_number_of_blocks_is_handed_out_exactly() {
     assert_eq!(Arena::new(0).unwrap_err().kind(), ErrorKind::Invalid);
 }
 
-/// Frames and pins dropped on many threads in every order: no run may be lost, doubled, or changed
-/// under a pin.
+/// Frames and pins are dropped on many threads in every order: no run may be lost, doubled, or
+/// changed under a pin.
 #[test]
 fn drops_on_any_thread_return_each_run_once() {
-    // Readers and channel together hold at most 40 frames of 4 blocks: less than all, or nothing
-    // would move.
+    // Readers and channel together hold at most 40 frames of 4 blocks: fewer than all, or the test
+    // would stall.
     let mut arena = Arena::new(256).unwrap();
     let (send, receive) = crossbeam::channel::bounded::<(Option<Frame>, FrameRef, u8)>(16);
     let readers: Vec<_> = (0..4)

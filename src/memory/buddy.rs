@@ -1,21 +1,21 @@
-//! The buddy allocator behind the arena: which runs of blocks are free. Pure bookkeeping, no memory
-//! of its own.
+//! The buddy allocator behind the arena keeps track of which runs of blocks are free. It is pure
+//! bookkeeping.
 //!
 //! Invariants
-//! 1. Every block belongs to exactly one run: free in a list, free in the quick stack, or handed
-//!    out. A run of order `o` has `1 << o` blocks and begins at a multiple of that.
-//! 2. `heads` tells the state of a run at its first block, and is [`INSIDE`] at all others.
-//! 3. Two free buddies never stand in the lists side by side: they are merged when the second one
-//!    arrives. Only the quick stack holds single blocks back from merging, and it is emptied before
-//!    a larger run is refused.
+//! 1. Every block belongs to exactly one run, which is free in a list, free in the quick stack, or
+//!    handed out. A run of order `o` has `1 << o` blocks and begins at a multiple of that.
+//! 2. `heads` has the state of a run at its first block, and [`INSIDE`] at all others.
+//! 3. Two free buddies are never both in the lists: they are merged when the second one arrives.
+//!    Only the quick stack keeps single blocks from merging, and it is emptied before a larger run
+//!    is refused.
 //!
-//! It does *not*: touch the memory, know about pins, or synchronise; one thread owns it.
+//! It does *not* touch the memory, know about pins, or synchronise; one thread owns it.
 
 /// The largest order: runs of 512 blocks, 2 MiB.
 pub(super) const ORDER_MAX: u8 = 9;
 
-/// Single blocks kept ready without merging. Enough for a batch of page writes; what it holds back
-/// from larger runs is returned as soon as one of those is wanted.
+/// Single blocks kept ready without merging: enough for a batch of page writes. They are merged as
+/// soon as a larger run needs them.
 const QUICK_MAX: usize = 256;
 
 const NONE: u32 = u32::MAX;
@@ -25,7 +25,7 @@ const USED: u8 = 0x80;
 const QUICK: u8 = 0xC0;
 const STATE: u8 = 0xC0;
 
-/// A doubly linked list node of a free run, kept beside the memory so that free memory is never
+/// A doubly linked list node of a free run, kept apart from the memory so that free memory is never
 /// touched.
 #[derive(Clone, Copy)]
 struct Link {
@@ -33,22 +33,22 @@ struct Link {
     prev: u32,
 }
 
-/// Bytes that it needs for each block.
+/// Bytes that the allocator needs for each block.
 #[cfg(test)]
 pub(super) const BLOCK_BYTES: usize = size_of::<u8>() + size_of::<Link>();
 
-/// Which runs of `heads.len()` blocks are free.
+/// Keeps track of which runs of `heads.len()` blocks are free.
 pub(super) struct Buddy {
     heads: Box<[u8]>,
     links: Box<[Link]>,
-    /// First free run of each order.
+    /// The first free run of each order.
     lists: [u32; ORDER_MAX as usize + 1],
     quick: Vec<u32>,
     free_blocks: u32,
 }
 
 impl Buddy {
-    /// All of `blocks` free.
+    /// Makes an allocator with all of `blocks` free.
     pub(super) fn new(blocks: u32) -> Self {
         let mut buddy = Buddy {
             heads: vec![INSIDE; blocks as usize].into(),
@@ -57,8 +57,8 @@ impl Buddy {
             quick: Vec::with_capacity(QUICK_MAX),
             free_blocks: blocks,
         };
-        // The largest aligned run that still fits, from the front; then the lists, which are
-        // stacks, are filled from the back so that low addresses go first.
+        // Take the largest aligned run that still fits, from the front; then fill the lists, which
+        // are stacks, from the back, so that low addresses are handed out first.
         let mut runs = Vec::new();
         let mut at = 0;
         while at < blocks {
@@ -74,7 +74,7 @@ impl Buddy {
         buddy
     }
 
-    /// Blocks that are free, in runs of whatever size.
+    /// Free blocks, in runs of any size.
     pub(super) fn free_blocks(&self) -> u32 {
         self.free_blocks
     }
@@ -85,7 +85,7 @@ impl Buddy {
     }
 
     /// Takes a run of `1 << order` blocks, aligned to its size; `None` if there is no such run, or
-    /// never can be.
+    /// can never be one.
     pub(super) fn take(&mut self, order: u8) -> Option<u32> {
         if order == 0
             && let Some(block) = self.quick.pop()
@@ -106,7 +106,7 @@ impl Buddy {
     /// Gives back the run that begins at `block`, and returns its order.
     ///
     /// # Panics
-    /// If no run that is handed out begins there: a frame was returned twice.
+    /// If no handed-out run begins there, which means that a frame was returned twice.
     pub(super) fn give(&mut self, block: u32) -> u8 {
         let head = self.heads[block as usize];
         assert_eq!(head & STATE, USED, "block {block} is given back but was not handed out");
@@ -121,7 +121,7 @@ impl Buddy {
         order
     }
 
-    /// Merges what the quick stack has held back.
+    /// Empties the quick stack and merges its blocks.
     fn settle(&mut self) {
         while let Some(block) = self.quick.pop() {
             self.merge(block, 0);
@@ -185,7 +185,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    /// Takes everything in single blocks and gives it back: afterwards each run that fits must be
+    /// Takes all memory in single blocks and gives it back: afterwards each run that fits must be
     /// whole again.
     fn assert_whole(buddy: &mut Buddy, blocks: u32) {
         assert_eq!(buddy.free_blocks(), blocks);
@@ -200,10 +200,13 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: if cfg!(miri) { 4 } else { 256 },
+            ..ProptestConfig::default()
+        })]
 
-        /// Two owners of one block would overwrite each other's pages; a run that is lost is memory
-        /// lost for good.
+        /// Two owners of one block would overwrite each other's pages; a lost run is memory lost
+        /// for good.
         #[test]
         fn runs_never_overlap_and_merge_back_fully(
             blocks in 1u32..3000,
@@ -226,7 +229,7 @@ mod tests {
                     out.insert(block, order);
                 } else if order <= ORDER_MAX {
                     let free = owned.chunks_exact(1 << order).any(|run| run.iter().all(|&o| !o));
-                    prop_assert!(!free, "order {} refused although an aligned free run exists", order);
+                    prop_assert!(!free, "order {order} refused although a free run exists");
                 }
                 let free = owned.iter().filter(|&&o| !o).count();
                 prop_assert_eq!(buddy.free_blocks() as usize, free);

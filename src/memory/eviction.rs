@@ -1,5 +1,5 @@
-//! The eviction policy (S3-FIFO): it chooses the frame that is given up when memory is needed,
-//! among all frames that can go.
+//! The eviction policy (S3-FIFO): when memory is needed, it chooses which of the evictable frames
+//! to give up.
 //!
 //! ```text
 //! first listed --> probation (a tenth) --used again twice--> main --unused for a round--> out
@@ -8,20 +8,20 @@
 //! met, but pinned by a reader --> set aside, and looked at again a few at a time --> back
 //! ```
 //! Invariants
-//! 1. A block stands in one list at most, and nothing here allocates after [`Eviction::new`]. What
-//!    left its block leaves an entry behind, which is dropped when it is met or when the block is
-//!    listed for its next owner.
-//! 2. What is met and can't go because something refers to it is taken off the lists; its owner
-//!    lists it again when the last reference ends. So a search pays for each reference once, for
-//!    each use once and for each entry once: an eviction costs O(1), amortised.
-//! 3. Readers give pins back on any thread and say nothing. What they pin is looked at again, but a
-//!    bounded number of them a search: without anything else to evict a search ends without having
-//!    seen them all, and the next one goes on.
-//! 4. A search passes over [`USED_MAX`] used entries at most; then the next one goes, used or not.
-//!    So no single eviction pays for a whole round of a large memory.
+//! 1. A block is in one list at most, and nothing here allocates after [`Eviction::new`]. An owner
+//!    that leaves its block leaves an entry behind, which is dropped when a search meets it or when
+//!    the block is listed for its next owner.
+//! 2. A search takes a block that something refers to off the lists; its owner lists it again when
+//!    the last reference ends. So a search pays once for each reference, once for each use and once
+//!    for each entry: an eviction costs O(1), amortised.
+//! 3. Readers release pins on any thread without notice, so searches check pinned blocks again,
+//!    each a bounded number of them: if there is nothing else to evict, a search ends without
+//!    having seen them all, and the next one continues.
+//! 4. A search passes over at most [`USED_MAX`] used entries; then the next one is evicted, used or
+//!    not. So no single eviction pays for a whole round of a large memory.
 //!
-//! Something read once leaves before something that was used again, however much is read once (a
-//! scan). It does *not* know what is in a frame, free memory itself, or wait.
+//! What is read once leaves before what was used again, however much is read once (a scan). The
+//! policy does *not* know what is in a frame, free memory itself, or wait.
 
 use crate::base::{Micros, NodeIdx, PageIdx};
 use smallvec::SmallVec;
@@ -33,13 +33,13 @@ const USES_MAX: u8 = 3;
 const PROMOTED_AT: u8 = 2;
 /// The share of listed blocks on probation: one in ten.
 const PROBATION_SHARE: u32 = 10;
-/// See invariant 4.
+/// The most used entries that a search passes over (invariant 4).
 const USED_MAX: u32 = 64;
-/// Pinned blocks that each search looks at if it finds another victim, so that unpinned ones are
-/// found again in time.
+/// Pinned blocks that each search checks even if it finds another victim, so that those no longer
+/// pinned are found in time.
 const PINNED_LOOKS: u32 = 2;
 
-/// Map nodes counted by a search, without an allocation.
+/// The most map nodes that a count returns, so that it needs no allocation.
 pub(crate) const NODES_COUNTED: usize = 32;
 
 /// Entries for each hash of an evicted block.
@@ -65,16 +65,16 @@ pub(crate) struct Residency {
 }
 
 impl Residency {
-    /// Counts one more use.
+    /// Counts a use.
     #[inline]
     pub(crate) fn used(&mut self) {
-        // Pages in use are at the most: they are not written to each time.
+        // Popular pages are at the maximum, so most uses write nothing.
         if self.uses < USES_MAX {
             self.uses += 1;
         }
     }
 
-    /// Whether it stands in a list: else it has to be listed when nothing refers to it any more.
+    /// Whether it is in a list; if not, it has to be listed when nothing refers to it any more.
     #[inline]
     pub(crate) fn is_listed(&self) -> bool {
         self.is_listed
@@ -85,32 +85,32 @@ impl Residency {
         self.uses
     }
 
-    /// Its frame is another one, or gone.
+    /// Called when the owner has another frame, or none.
     pub(crate) fn frame_changed(&mut self) {
         self.is_listed = false;
     }
 }
 
-/// How something that was met in a list stands.
+/// The standing of an owner whose block a search meets in a list.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Standing {
-    /// The block is not its any more.
+    /// The block no longer belongs to the owner.
     Gone,
-    /// Something refers to it; it is listed again when that ends.
+    /// Something refers to it; it is listed again when the last reference ends.
     Referenced,
-    /// Only readers hold it.
+    /// Only readers hold it, by pins.
     Pinned,
-    /// It can go.
+    /// It can be evicted.
     Idle,
 }
 
 /// The owners of the listed blocks.
 pub(crate) trait Residents {
-    /// How `owner` stands, if `block` is still its.
+    /// The standing of `owner`, provided that `block` still belongs to it.
     fn standing(&self, owner: Owner, block: u32) -> Standing;
     /// The state that `owner` keeps for the policy.
     fn residency(&mut self, owner: Owner) -> &mut Residency;
-    /// Gives up the frame of `owner`, which is idle; returns a hash of what it held.
+    /// Gives up the frame of `owner`, which is idle. Returns a hash of what it held.
     fn evict(&mut self, owner: Owner) -> u64;
 }
 
@@ -135,11 +135,11 @@ const MAIN: usize = 1;
 const PINNED: usize = 2;
 const UNLISTED: u8 = 3;
 
-/// Bytes that the policy needs for each block, at most.
+/// The most bytes that the policy needs for each block.
 #[cfg(test)]
 pub(crate) const BLOCK_BYTES: usize = size_of::<Entry>() + 2 * size_of::<u32>();
 
-/// The lists, oldest first, by block of the arena.
+/// The policy's lists of the arena's blocks, oldest first.
 pub(crate) struct Eviction {
     entries: Box<[Entry]>,
     lists: [List; 3],
@@ -147,23 +147,22 @@ pub(crate) struct Eviction {
     remembered: Box<[u32]>,
     /// When the pinned blocks were last searched without success.
     looked_at: Option<Micros>,
-    /// Blocks met one after the other that were pinned, since one was met that no reader held any
-    /// more.
+    /// How many pinned blocks were checked in a row since one was found that readers had released.
     pinned_in_a_row: u32,
     counts: EvictionCounts,
 }
 
-/// The cost of evictions.
+/// What evictions cost so far.
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
 pub(crate) struct EvictionCounts {
-    /// Frames given up.
+    /// Frames that were given up.
     pub evicted: u64,
-    /// Entries looked at on the way.
+    /// Entries that searches checked.
     pub looks: u64,
 }
 
 impl Eviction {
-    /// For an arena of `blocks` blocks.
+    /// Makes a policy for an arena of `blocks` blocks.
     pub(crate) fn new(blocks: u32) -> Self {
         let entry =
             Entry { next: NONE, prev: NONE, owner: Owner::Page(PageIdx::new(0)), list: UNLISTED };
@@ -177,8 +176,8 @@ impl Eviction {
         }
     }
 
-    /// Lists a block that nothing refers to any more, at the end of where it stood or, the first
-    /// time, where what it holds belongs; `hash` is of that.
+    /// Lists a block that nothing refers to any more: at the end of the list that it was in or, the
+    /// first time, of the list where its content belongs; `hash` identifies the content.
     pub(crate) fn list(&mut self, block: u32, owner: Owner, residency: &mut Residency, hash: u64) {
         self.unlink(block);
         if !residency.in_main {
@@ -188,24 +187,24 @@ impl Eviction {
         self.push(if residency.in_main { MAIN } else { PROBATION }, block, owner);
     }
 
-    /// Blocks that are listed, those included that readers had pinned.
+    /// Listed blocks, including those set aside because readers pinned them.
     #[cfg(test)]
     pub(crate) fn listed(&self) -> u32 {
         self.lists.iter().map(|list| list.len).sum()
     }
 
-    /// Blocks that were pinned by readers when they were met last.
+    /// Blocks that readers had pinned when they were last checked.
     pub(crate) fn pinned(&self) -> u32 {
         self.lists[PINNED].len
     }
 
-    /// Whether every one of them was looked at since the last one was found that a reader had let
-    /// go of.
+    /// Whether all pinned blocks have been checked since the last one was found that readers had
+    /// released.
     pub(crate) fn saw_all_pinned(&self) -> bool {
         self.pinned_in_a_row >= self.pinned()
     }
 
-    /// The cost of evictions so far.
+    /// Returns what evictions cost so far.
     pub(crate) fn counts(&self) -> EvictionCounts {
         self.counts
     }
@@ -217,8 +216,9 @@ impl Eviction {
         (entry.list != UNLISTED).then_some(entry.owner)
     }
 
-    /// Gives up one frame, if there is one that can go. If only what readers pin is left, at most
-    /// `pinned_looks` of it are looked at, once for each `now`, however many ask at that moment.
+    /// Gives up one frame, if one can be evicted. If only pinned blocks are left, it checks at most
+    /// `pinned_looks` of them, once for each `now`, however many callers need a frame at that
+    /// moment.
     pub(crate) fn evict_one(
         &mut self,
         residents: &mut impl Residents,
@@ -232,8 +232,8 @@ impl Eviction {
         self.look_at_pinned(residents, now, pinned_looks) && self.search(residents)
     }
 
-    /// Looks at no more than `looks` of what readers have pinned, once for each `now`; whether they
-    /// had let go of any.
+    /// Checks at most `looks` pinned blocks, once for each `now`. Returns whether readers had
+    /// released any.
     pub(crate) fn look_at_pinned(
         &mut self,
         residents: &mut impl Residents,
@@ -281,8 +281,8 @@ impl Eviction {
         }
     }
 
-    /// Looks at up to `looks` pinned blocks and lists those again that are no longer pinned.
-    /// Returns whether there were any.
+    /// Checks up to `looks` pinned blocks and lists again those that are no longer pinned. Returns
+    /// whether there were any.
     fn unpinned(&mut self, residents: &mut impl Residents, looks: u32) -> bool {
         let mut some = false;
         for _ in 0..looks.min(self.lists[PINNED].len) {
@@ -297,9 +297,9 @@ impl Eviction {
         some
     }
 
-    /// How many frames can go, counted up to `wanted`; the map nodes among them are put into
-    /// `nodes`. Nothing goes, but what is met and can't go leaves the lists: so counting in vain
-    /// again looks at idle entries only, fewer than `wanted`.
+    /// Counts how many frames can be evicted, up to `wanted`, and puts the map nodes among them
+    /// into `nodes`. It evicts nothing, but takes blocks that can't be evicted off the lists, so
+    /// that the next count that falls short checks only idle entries, fewer than `wanted`.
     pub(crate) fn count_idle(
         &mut self,
         residents: &mut impl Residents,
@@ -327,8 +327,8 @@ impl Eviction {
         idle
     }
 
-    /// Whether `owner`, whose `block` is in no list, can go. If not, it is set aside or its owner
-    /// lists it again later.
+    /// Whether `owner`, whose `block` is in no list, can be evicted. If not, the block is set
+    /// aside, or its owner lists it again later.
     fn is_idle(&mut self, residents: &mut impl Residents, block: u32, owner: Owner) -> bool {
         self.counts.looks += 1;
         match residents.standing(owner, block) {
@@ -343,15 +343,15 @@ impl Eviction {
         false
     }
 
-    /// Where something would be remembered, and as what; zero is for nothing.
+    /// Where `hash` would be remembered, and as which value; zero stands for nothing.
     fn bucket_of(&self, hash: u64) -> (usize, u32) {
         ((hash >> 32) as usize & (self.remembered.len() - 1) & !(BUCKET - 1), hash as u32 | 1)
     }
 
     fn remember(&mut self, hash: u64) {
         let (at, mark) = self.bucket_of(hash);
-        // Which of the bucket it overwrites must differ from time to time: of things that are read
-        // in turn, each would overwrite the next one needed, for ever.
+        // The entry of the bucket that is overwritten must vary: of contents that are read in turn,
+        // each would otherwise overwrite the next one needed, for ever.
         let way = self.counts.evicted.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         self.remembered[at + (way as usize & (BUCKET - 1))] = mark;
     }

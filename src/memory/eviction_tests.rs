@@ -1,4 +1,4 @@
-//! The policy on a made-up memory: what goes, what stays, and what a search costs.
+//! Tests the policy on a mock memory: what is evicted, what stays, and what a search costs.
 
 use super::*;
 use crate::testing::random::Rng;
@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 
-/// A cache of numbers, one in each block.
+/// A cache of numbers, with one in each block.
 struct Cache {
     policy: Eviction,
     slots: Slots,
@@ -17,7 +17,7 @@ struct Cache {
     now: Micros,
 }
 
-/// What is where; the owner of a block is its number.
+/// The content of each block; the owner of a block is its number.
 #[derive(Default)]
 struct Slots {
     held: BTreeMap<u32, Item>,
@@ -71,7 +71,7 @@ impl Cache {
         Cache { policy, slots, free: (0..blocks).collect(), hits: 0, misses: 0, now: 0 }
     }
 
-    /// Whether it was there.
+    /// Reads a number. Returns whether it was in the cache.
     fn read(&mut self, what: u64) -> bool {
         if let Some(block) = self.slots.at.get(&what) {
             self.slots.held.get_mut(block).expect("it is there").residency.used();
@@ -111,7 +111,7 @@ impl Cache {
     }
 }
 
-/// Who reads a large volume once must not turn out what others use all the time.
+/// A caller that reads a large volume once must not evict what others use all the time.
 #[test]
 fn a_scan_leaves_what_is_used_in_memory() {
     let mut cache = Cache::new(1000);
@@ -125,8 +125,8 @@ fn a_scan_leaves_what_is_used_in_memory() {
     assert_eq!(hot(&mut cache), 500, "of 500 pages in use, after a scan of 19 times the memory");
 }
 
-/// What was used once and is not any more must make room for what is used now, even if that comes
-/// again only after more reads than probation is long.
+/// What is no longer used must make room for what is used now, even if that recurs only after more
+/// reads than probation is long.
 #[test]
 fn a_new_working_set_takes_over() {
     let mut cache = Cache::new(1000);
@@ -150,7 +150,7 @@ fn an_eviction_costs_a_bounded_number_of_looks() {
     let mut rng = Rng::new(1);
     let mut random = |below: u64| rng.below(below);
     for step in 0..60_000u64 {
-        // Everything is used again and again, so that all of it has uses to lose; some is
+        // Everything is used again and again, so all of it has uses to lose; some of it is
         // referenced for a while.
         cache.read(random(if step % 4 == 0 { 100_000 } else { 5_000 }));
         let block = random(blocks.into()) as u32;
@@ -181,7 +181,7 @@ fn an_eviction_costs_a_bounded_number_of_looks() {
     );
 }
 
-/// With all of the memory in the hands of readers a search ends at once, and what they let go of is
+/// While readers hold all of the memory a search must end at once, and what they release must be
 /// found again.
 #[test]
 fn pinned_memory_ends_a_search_and_is_found_when_let_go_of() {
@@ -205,8 +205,8 @@ fn pinned_memory_ends_a_search_and_is_found_when_let_go_of() {
     assert!(searches.is_some(), "the one that was let go of was not found");
 }
 
-/// If this fails, readers are named as those who hold the memory after they have let go of it, and
-/// a request that only had to wait gets `Busy`.
+/// If this fails, readers are blamed for holding the memory after they have released it, and a
+/// request that only had to wait gets `Busy`.
 #[test]
 fn readers_are_said_to_hold_all_only_while_they_do() {
     let mut cache = Cache::new(100);
@@ -221,17 +221,16 @@ fn readers_are_said_to_hold_all_only_while_they_do() {
         .filter(|item| item.what != 3)
         .for_each(|item| item.pinned = false);
     cache.policy.look_at_pinned(&mut cache.slots, 1_000_000, 16);
-    assert!(!cache.policy.saw_all_pinned(), "nobody has looked at the rest since");
+    assert!(!cache.policy.saw_all_pinned(), "the rest has not been checked since");
     (1..100).for_each(|n| _ = cache.policy.look_at_pinned(&mut cache.slots, 1_000_000 + n, 16));
     assert_eq!(
         (cache.policy.pinned(), cache.policy.saw_all_pinned()),
         (1, true),
-        "one is pinned, and was met"
+        "one is pinned, and was checked"
     );
 }
 
-/// A search that can't succeed must leave what is there, and one that has counted enough must get
-/// it.
+/// A search that can't succeed must evict nothing, and one that has counted enough must get it.
 #[test]
 fn what_can_go_is_counted_before_anything_goes() {
     let mut cache = Cache::new(100);
@@ -260,8 +259,8 @@ fn what_can_go_is_counted_before_anything_goes() {
     assert!((0..50).all(|_| cache.evict_one()) && !cache.evict_one());
 }
 
-/// What is met while something refers to it is off the lists, and costs nothing until it is listed
-/// again.
+/// A referenced block that a search meets is taken off the lists, and costs nothing until it is
+/// listed again.
 #[test]
 fn what_is_referenced_is_looked_at_once() {
     let mut cache = Cache::new(1_000);
@@ -274,9 +273,12 @@ fn what_is_referenced_is_looked_at_once() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: if cfg!(miri) { 4 } else { 256 },
+        ..ProptestConfig::default()
+    })]
 
-    /// A block in two lists, or in none for ever, is memory that is given out twice or lost.
+    /// A block that is in two lists is given out twice; one that is never listed again is lost.
     #[test]
     fn every_idle_block_goes_in_the_end(
         blocks in 1u32..80,
@@ -292,11 +294,12 @@ proptest! {
                     item.referenced = false;
                     if !item.residency.is_listed() {
                         let (hash, mut residency) = (hash(item.what), item.residency);
-                        cache.policy.list(block, Owner::Page(PageIdx::new(block as usize)), &mut residency, hash);
+                        let owner = Owner::Page(PageIdx::new(block as usize));
+                        cache.policy.list(block, owner, &mut residency, hash);
                         cache.slots.held.get_mut(&block).unwrap().residency = residency;
                     }
                 }
-                // It is freed by its owner, and its block is used for something else.
+                // Its owner frees it, and its block is used for something else.
                 (3, Some(item)) if !item.referenced => {
                     let what = item.what;
                     cache.slots.held.remove(&block);
@@ -307,14 +310,18 @@ proptest! {
             }
             prop_assert!(cache.policy.listed() <= blocks);
             for (block, item) in &cache.slots.held {
-                prop_assert!(!item.residency.is_listed() || cache.policy.owner_of(*block).is_some());
+                let is_listed = item.residency.is_listed();
+                prop_assert!(!is_listed || cache.policy.owner_of(*block).is_some());
             }
         }
         let mut idle = 0;
         for (block, item) in &mut cache.slots.held {
             item.pinned = false;
             idle += usize::from(item.residency.is_listed() && !item.referenced);
-            prop_assert!(cache.policy.owner_of(*block).is_some() || item.referenced || !item.residency.is_listed());
+            let is_listed = item.residency.is_listed();
+            prop_assert!(
+                cache.policy.owner_of(*block).is_some() || item.referenced || !is_listed
+            );
         }
         let mut counted = 0;
         for _ in 0..blocks {

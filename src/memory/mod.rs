@@ -1,4 +1,5 @@
-//! Memory: the arena of 4 KiB blocks from which everything that meets the device is taken.
+//! Memory: the arena of 4 KiB blocks, from which all memory for transfers to and from the device
+//! comes.
 
 mod arena;
 mod buddy;

@@ -1,32 +1,32 @@
-//! The state word of a run of blocks: how many pins it has, and whether its frame is gone.
+//! The state word of a run of blocks: the number of its pins, and whether its frame is gone.
 //!
 //! ```text
 //!   0 --pin--> 1 --pin--> 2 ... --release--> 1 --release--> 0 --orphan--> returned
 //!              \--orphan--> ORPHAN | 1 --release--> returned
 //! ```
 //! Invariants
-//! 1. Of all releases and the one orphaning exactly one returns true, so that its caller returns
-//!    the run: the last.
-//! 2. A caller that gets true, or sees no pins, also sees everything that was done before through
-//!    the released pins.
+//! 1. Of all releases and the one orphaning, exactly one returns true, the last, so that its caller
+//!    returns the run.
+//! 2. A caller that gets true, or sees no pins, also sees everything that was done through the
+//!    released pins.
 
 use crate::base::sync::{AtomicU32, Ordering, fence};
 
 /// Set when the frame is gone while pins are left.
 pub(super) const ORPHAN: u32 = 1 << 31;
-/// Far above any use and far below [`ORPHAN`]: reaching it means that pins are leaked in a loop.
+/// Far above any use and far below [`ORPHAN`]: if it is reached, pins are leaking in a loop.
 const PINS_MAX: u32 = 1 << 30;
 
-/// The word.
+/// The state word of one run.
 #[derive(Default)]
 pub(super) struct Word(AtomicU32);
 
 impl Word {
-    /// The run is handed out.
+    /// Called when the run is handed out.
     #[inline]
     pub(super) fn begin(&self) {
-        // Relaxed: the run came back through the queue, which orders everything its former users
-        // did before this.
+        // Relaxed: the run came back through the queue, which orders everything that its former
+        // users did before this.
         self.0.store(0, Ordering::Relaxed);
     }
 
@@ -37,24 +37,26 @@ impl Word {
         let before = self.0.fetch_add(1, Ordering::Relaxed);
         if before & !ORPHAN >= PINS_MAX {
             self.0.fetch_sub(1, Ordering::Relaxed);
-            panic!("{PINS_MAX} pins of one frame: they are leaked somewhere");
+            panic!("{PINS_MAX} pins of one frame: some code leaks them");
         }
     }
 
-    /// The number of pins. Only the frame asks.
+    /// The number of pins. Only the frame reads it.
     #[inline]
     pub(super) fn pins(&self) -> u32 {
         self.0.load(Ordering::Acquire)
     }
 
-    /// The frame was dropped. True: there are no pins, and the caller has to return the run.
+    /// Called when the frame is dropped. True: there are no pins, and the caller has to return the
+    /// run.
     #[inline]
     pub(super) fn orphan(&self) -> bool {
         // Without pins nothing else can change the word, so no read-modify-write is needed.
         self.pins() == 0 || self.0.fetch_or(ORPHAN, Ordering::AcqRel) == 0
     }
 
-    /// A pin was dropped. True: it was the last reference, and the caller has to return the run.
+    /// Called when a pin is dropped. True: it was the last reference, and the caller has to return
+    /// the run.
     #[inline]
     pub(super) fn release(&self) -> bool {
         let is_last = self.0.fetch_sub(1, Ordering::Release) == ORPHAN | 1;
@@ -66,7 +68,7 @@ impl Word {
 }
 
 #[cfg(all(test, corepage_loom))]
-// Bytes that loom watches are reached by pointers.
+// Loom hands out the bytes that it watches as pointers.
 #[allow(unsafe_code)]
 mod loom {
     use super::*;
@@ -78,7 +80,7 @@ mod loom {
 
     type Step = fn(&Word) -> bool;
 
-    /// A run with its bytes; loom ends the model if two threads get at them at a time.
+    /// A run with its bytes; loom ends the model if two threads access them at the same time.
     struct Run {
         word: Word,
         bytes: UnsafeCell<u32>,
@@ -87,22 +89,21 @@ mod loom {
 
     impl Run {
         fn read(&self) {
-            // SAFETY: the caller holds a pin or the frame; that nobody writes meanwhile is what
-            // loom checks here.
+            // SAFETY: the caller holds a pin or the frame; loom checks here that no other thread
+            // writes meanwhile.
             self.bytes.with(|bytes| assert!(unsafe { *bytes } < 10));
         }
 
-        /// Returned: the next owner writes at once.
+        /// Returns the run: the next owner writes at once.
         fn give_back(&self) {
             self.returned.fetch_add(1, RealOrdering::SeqCst);
-            // SAFETY: the caller was told that it is the last; that this is so is what loom checks
-            // here.
+            // SAFETY: the word told the caller that it is the last; loom checks here that it is.
             self.bytes.with_mut(|bytes| unsafe { *bytes = 9 });
         }
     }
 
-    /// Two pins are read and dropped on threads of their own, one after a clone of it, while the
-    /// frame tries to write and goes.
+    /// Two pins are read and dropped on threads of their own, one of them after a clone of it,
+    /// while the frame tries to write and is then dropped.
     fn pins_and_frame(verdict: &Verdict, orphan: Step, release: Step) {
         let run = Arc::new(Run {
             word: Word::default(),
@@ -130,8 +131,8 @@ mod loom {
             })
             .collect();
         if run.word.pins() == 0 {
-            // SAFETY: the frame sees no pins; that nobody else is at the bytes is what loom checks
-            // here.
+            // SAFETY: the frame sees no pins; loom checks here that no other thread accesses the
+            // bytes.
             run.bytes.with_mut(|bytes| unsafe { *bytes = 1 });
         }
         if orphan(&run.word) {
@@ -145,8 +146,8 @@ mod loom {
         model::holds(Some(3), move |verdict| pins_and_frame(verdict, orphan, release))
     }
 
-    /// A run returned twice has two owners; one that is never returned is memory lost; one returned
-    /// early is written while it is read.
+    /// A run that is returned twice has two owners; one that is never returned is lost memory; one
+    /// that is returned early is written while it is read.
     #[test]
     fn loom_a_run_is_returned_once_and_by_the_last() {
         assert!(holds(Word::orphan, Word::release));
@@ -161,11 +162,11 @@ mod loom {
         };
         assert!(
             !holds(looks_then_sets, Word::release),
-            "the last pin goes between a look and the mark"
+            "the last pin is released between the check and the mark"
         );
     }
 
-    /// Loom itself says that a read and a write are not ordered.
+    /// Loom itself reports that a read and a write are not ordered.
     #[test]
     #[should_panic(expected = "Causality violation")]
     fn loom_a_release_that_releases_nothing_is_caught() {

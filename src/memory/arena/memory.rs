@@ -1,8 +1,8 @@
-//! Where an arena's memory comes from: explicit huge pages, transparent ones, or ordinary pages.
+//! Maps an arena's memory: explicit huge pages, transparent ones, or ordinary pages.
 //!
 //! Invariants
-//! 1. A mapping has one owner, and ends with it; in simulated runs it may wait for the next arena
-//!    of its size instead.
+//! 1. A mapping has one owner, and is unmapped with it; in simulated runs it may be kept for the
+//!    next arena of its size instead.
 #![allow(unsafe_code)]
 
 use super::*;
@@ -17,7 +17,7 @@ pub(super) struct Memory {
     owner: ManuallyDrop<Owner>,
 }
 
-// SAFETY: plain memory, owned; access to its bytes is governed by Frame and FrameRef.
+// SAFETY: this is owned, plain memory; Frame and FrameRef govern the access to its bytes.
 unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
@@ -37,7 +37,7 @@ impl Memory {
         self.kind
     }
 
-    /// At least `len` zero bytes, aligned to 2 MiB.
+    /// Maps at least `len` zero bytes, aligned to 2 MiB.
     pub(super) fn map(len: usize) -> std::io::Result<Memory> {
         let len = len.next_multiple_of(HUGE);
         #[cfg(all(any(test, feature = "sim"), not(miri)))]
@@ -48,8 +48,8 @@ impl Memory {
             let owner = ManuallyDrop::new(owner);
             return Ok(Memory { start: owner.at, len, kind: ArenaKind::HugePages, owner });
         }
-        // One huge page more than wanted, so that an aligned start lies within; untouched pages
-        // cost nothing.
+        // One huge page more than wanted, so that there is an aligned start; untouched pages cost
+        // nothing.
         let owner = Owner::plain(len + HUGE)?;
         let skip = owner.at.align_offset(HUGE);
         assert!(skip <= HUGE, "the mapping holds an aligned start");
@@ -62,8 +62,8 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: taken once, here; the strong counts of invariant 4 say that no run is in use any
-        // more.
+        // SAFETY: it is taken once, here; the strong counts (invariant 4 of the arena) guarantee
+        // that no run is in use any more.
         let owner = unsafe { ManuallyDrop::take(&mut self.owner) };
         #[cfg(all(any(test, feature = "sim"), not(miri)))]
         let Some(owner) = spare::keep(self, owner) else { return };
@@ -71,9 +71,9 @@ impl Drop for Memory {
     }
 }
 
-/// Mappings that simulated stores gave back, for the next one on the same thread: to map and clear
-/// them took more than half of the time of a small crash state. They come as they were left, so
-/// what relies on fresh zeros shows.
+/// Mappings that simulated stores gave back, for the next store on the same thread: mapping and
+/// clearing them took more than half of the time of a small crash state. They keep their contents,
+/// so code that relies on fresh zeros is found out.
 #[cfg(all(any(test, feature = "sim"), not(miri)))]
 mod spare {
     use super::*;
@@ -93,7 +93,7 @@ mod spare {
         })
     }
 
-    /// Gives it back if there is no room, or the thread is at its end.
+    /// Keeps a mapping. Returns it if there is no room, or the thread is ending.
     pub(super) fn keep(memory: &Memory, owner: Owner) -> Option<Owner> {
         let Memory { start, len, kind, .. } = *memory;
         let mut owner = Some(owner);
@@ -110,14 +110,14 @@ mod spare {
 
 #[cfg(not(miri))]
 impl Owner {
-    /// Explicit huge pages, if an administrator has reserved enough of them. They are touched at
-    /// once: where a control group forbids them the kernel says so only on first touch, with a
-    /// signal.
+    /// Maps explicit huge pages, if an administrator has reserved enough of them. They are touched
+    /// at once: where a control group forbids them, the kernel reports that only on first touch,
+    /// with a signal.
     fn huge(len: usize) -> Option<Owner> {
         use rustix::mm::{Advice, MapFlags};
         let owner =
             Self::mmap(len, MapFlags::PRIVATE | MapFlags::HUGETLB | MapFlags::HUGE_2MB).ok()?;
-        // SAFETY: the range is our own fresh mapping; populating changes no bytes.
+        // SAFETY: the range is our own fresh mapping; populating it changes no bytes.
         let touched = unsafe {
             rustix::mm::madvise(owner.at.as_ptr().cast(), len, Advice::LinuxPopulateWrite)
         };
@@ -148,7 +148,7 @@ impl Owner {
         Ok(Owner { at, len })
     }
 
-    /// Asks for transparent huge pages, and says whether the machine gives any.
+    /// Requests transparent huge pages. Returns whether the machine provides any.
     fn advise(&self, start: NonNull<u8>, len: usize) -> bool {
         let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
         if !setting.is_ok_and(|s| !s.contains("[never]")) {
@@ -162,8 +162,8 @@ impl Owner {
     }
 
     fn release(self) {
-        // SAFETY: exactly the range that was mapped, by its only owner. A failure leaks it, which
-        // is harmless.
+        // SAFETY: this is exactly the range that was mapped, and its only owner unmaps it. A
+        // failure leaks it, which is harmless.
         let _ = unsafe { rustix::mm::munmap(self.at.as_ptr().cast(), self.len) };
     }
 }
@@ -185,7 +185,7 @@ impl Owner {
         false
     }
     fn release(self) {
-        // SAFETY: allocated by `plain` with the same layout.
+        // SAFETY: `plain` allocated it with the same layout.
         unsafe { std::alloc::dealloc(self.at.as_ptr(), Self::layout(self.len)) }
     }
 }
