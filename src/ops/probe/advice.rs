@@ -1,12 +1,11 @@
-//! What follows from the facts: for each subject what is here, what the engine makes of it, and
-//! what would be better.
+//! Derives advice from the facts: for each subject what was found, how the engine uses it, and what
+//! would be better.
 //!
-//! 1. Pure: the same machine gives the same advice, so each sentence can be tested without such a
-//!    machine.
-//! 2. `Fatal` is what no store can be opened with, and nothing else: a missing ring or direct I/O
-//!    only costs speed.
-//! 3. A command stands alone and can be copied as it is; names in capitals are for the reader to
-//!    fill in.
+//! 1. The advice is a pure function: the same machine gives the same advice, so each sentence can
+//!    be tested without such a machine.
+//! 2. `Fatal` means that no store can be opened, and nothing else: without a ring or direct I/O a
+//!    store is only slower.
+//! 3. A command is complete and can be copied as it is; the reader fills in the names in capitals.
 
 use super::driver::RING;
 use super::{AutoDriver, DirectIo, Machine};
@@ -14,14 +13,15 @@ use crate::base::options::{Geometry, Options};
 use crate::format::fresh;
 use crate::io::{BlockDevice, UnavailableReason};
 
-/// A transparent or explicit huge page.
+/// Bytes of a huge page, transparent or explicit.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Files that a server has open beside those of its shards: data, table, meta, directory, sockets,
-/// signals, the standard three; and a client each of the volumes and of the control socket.
+/// Files that a server has open besides those of its shards: data, table, meta, directory, sockets,
+/// signals, the standard three, and one client each of NBD and of the control socket.
 const OPEN_FILES_OF_SERVER: u64 = 15;
-/// Beside its log segments a shard's ring, that of its executor, and what wakes them.
+/// Files that a shard has open besides its log segments: its ring, those of its executor, and the
+/// descriptors that wake them.
 const OPEN_FILES_OF_SHARD: u64 = 6;
-/// From here on nobody has to think about open files.
+/// With this limit open files are no concern.
 const OPEN_FILES_ENOUGH: u64 = 1024;
 
 /// How good a fact is.
@@ -29,9 +29,9 @@ const OPEN_FILES_ENOUGH: u64 = 1024;
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum Level {
-    /// As it should be.
+    /// The fact is as it should be.
     Good,
-    /// The store runs; slower, or with less safety, than it could.
+    /// The store runs, but slower or less safely than it could.
     Improvable,
     /// No store can be opened.
     Fatal,
@@ -41,7 +41,7 @@ pub enum Level {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Suggestion {
-    /// What to do, and what it gives.
+    /// What to do, and what that brings.
     pub what: String,
     /// The command, if there is one.
     pub command: Option<String>,
@@ -52,16 +52,16 @@ pub struct Suggestion {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Finding {
-    /// What it is about.
+    /// What the advice is about.
     pub subject: &'static str,
-    /// How good it is.
+    /// How good the facts are.
     pub level: Level,
     /// What was found on this machine.
     #[cfg_attr(feature = "serde", serde(rename = "here"))]
     pub found: String,
-    /// What the engine makes of it.
+    /// How the engine uses it.
     pub used: String,
-    /// What would improve it, the best first.
+    /// What would improve it, the best suggestion first.
     #[cfg_attr(feature = "serde", serde(rename = "better"))]
     pub suggestions: Vec<Suggestion>,
 }
@@ -163,7 +163,7 @@ impl Machine {
                 finding.suggest("more open files", Some("ulimit -n 65536"))
             }
             UnavailableReason::Policy => {
-                finding.suggest("ask who set this machine's security policy", None)
+                finding.suggest("ask whoever set this machine's security policy", None)
             }
             UnavailableReason::Other => finding,
         }
@@ -221,7 +221,7 @@ impl Machine {
         let finding = Finding::good(SUBJECT, found, used);
         match name {
             "tmpfs" | "ramfs" => finding.but(Level::Improvable).suggest(
-                "a directory on a disk: this one is memory, and gone when the machine stops",
+                "a directory on a disk: this one is in memory, and lost when the machine stops",
                 None,
             ),
             "btrfs" => finding.but(Level::Improvable).suggest(
@@ -230,14 +230,15 @@ impl Machine {
                 Some("chattr +C DIR"),
             ),
             "nfs" | "9p" | "fuse" => finding.but(Level::Improvable).suggest(
-                "a local file system: what a flush promises here is up to another program",
+                "a local file system: here another program decides what a flush promises",
                 None,
             ),
             _ => finding,
         }
     }
 
-    /// Why a new store can't be made for want of room, or because files may not be so long.
+    /// The finding if a new store can't be made because there is no room, or because files may not
+    /// be that long.
     fn no_room(&self, found: &str) -> Option<Finding> {
         let directory = &self.directory;
         if directory.holds_store {
@@ -270,14 +271,14 @@ impl Machine {
             human_bytes(limit),
             human_bytes(longest)
         );
-        Some(refused(used, "no limit of file sizes", Some("ulimit -f unlimited")))
+        Some(refused(used, "no limit on file sizes", Some("ulimit -f unlimited")))
     }
 
     fn direct_io(&self) -> Finding {
         const SUBJECT: &str = "direct I/O";
         match self.directory.direct_io {
             DirectIo::Works => {
-                Finding::good(SUBJECT, "works", "direct: the page cache is passed by")
+                Finding::good(SUBJECT, "works", "direct: transfers bypass the page cache")
             }
             DirectIo::Refused => Finding::good(
                 SUBJECT,
@@ -297,15 +298,15 @@ impl Machine {
         let Some(device) = &self.directory.device else {
             return Finding::good(
                 SUBJECT,
-                "none that the kernel shows",
-                "whatever the file system makes of a flush",
+                "none that the kernel reports",
+                "the file system decides what a flush does",
             );
         };
         let used = match (device.write_cache.as_deref(), device.fua) {
             (Some("write through"), _) => "a completed write is durable: flushes cost little",
             (Some(_), Some(true)) => "single writes can be made durable (FUA)",
             (Some(_), _) => "its cache is flushed for each group of commits",
-            (None, _) => "its cache is taken to be volatile, and flushed",
+            (None, _) => "its cache is assumed to be volatile, and flushed",
         };
         let finding = Finding::good(SUBJECT, describe(device), used);
         if device.rotational == Some(true) {
@@ -322,7 +323,7 @@ impl Machine {
             Some(BlockDevice { io_poll: Some(true), .. }) if ring => Finding::good(
                 SUBJECT,
                 "possible",
-                "completions are polled for, if a trial succeeds",
+                "completions are polled for, if a test read succeeds",
             ),
             Some(BlockDevice { io_poll: Some(true), .. }) => {
                 Finding::good(SUBJECT, "possible", "interrupts")
@@ -385,8 +386,8 @@ impl Machine {
             1 => "one shard".to_owned(),
             count => format!("{count} shards"),
         };
-        // Where time is shared out, other processes with a share of it would be pinned to the same
-        // first processors.
+        // Where processor time is limited, other processes with such a limit would be pinned to the
+        // same first processors.
         let place = match cores.quota_count {
             None => "each on a processor of its own",
             Some(_) => "not pinned: as many as there is time for",
@@ -422,8 +423,8 @@ impl Machine {
         let found = limit.map_or("no limit".to_owned(), |count| format!("up to {count}"));
         let finding = Finding::good(SUBJECT, found, "log segments, data, rings, clients");
         let shards = self.cores.shards_count() as u64;
-        // Of logs that have got as long as they can: a store that has grown must be opened with the
-        // same limit.
+        // Counted for logs that are as long as they can get: the limit must also be enough to open
+        // a store that has grown.
         let needed = OPEN_FILES_OF_SERVER
             + shards * (u64::from(Geometry::default().segments_count) + OPEN_FILES_OF_SHARD);
         match limit {
@@ -460,7 +461,7 @@ fn describe(device: &BlockDevice) -> String {
     parts.join(", ")
 }
 
-/// Bytes for people: `1.0 GiB`.
+/// Formats bytes for people: `1.0 GiB`.
 pub fn human_bytes(bytes: u64) -> String {
     let mut unit = "bytes";
     let mut value = bytes as f64;

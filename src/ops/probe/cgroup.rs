@@ -1,8 +1,8 @@
-//! How much processor time and memory the control groups of this process allow (cgroups(7), version
-//! 2 and version 1).
+//! Reads how much processor time and memory the control groups of this process allow (cgroups(7),
+//! versions 1 and 2).
 //!
 //! Invariants
-//! 1. A group is bound by the limits of all groups above it, too: the lowest counts.
+//! 1. A group is also bound by the limits of all groups above it: the lowest counts.
 //! 2. A limit that can't be read or understood counts as none.
 //!
 //! It does *not* see groups above the root of a container's own view: the kernel hides them.
@@ -11,13 +11,13 @@ use super::mounts::unescape;
 use super::{Roots, text};
 use std::path::{Path, PathBuf};
 
-/// Thousandths of a processor that this process may use, if a control group limits them.
+/// The thousandths of a processor that this process may use, if a control group limits them.
 pub(super) fn look(roots: &Roots) -> Option<u64> {
     quota_millis(&roots.proc("self/cgroup")?, &roots.proc("self/mountinfo")?, text)
 }
 
-/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`; `read` returns a
-/// file's text.
+/// Computes the same from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`; `read`
+/// returns a file's text.
 pub(super) fn quota_millis(
     membership: &str,
     mountinfo: &str,
@@ -26,11 +26,11 @@ pub(super) fn quota_millis(
     lowest("cpu", membership, mountinfo, |version, group| processor_millis(version, group, &read))
 }
 
-/// Bytes of memory that this process may use, if a control group limits them.
+/// The bytes of memory that this process may use, if a control group limits them.
 pub(super) fn memory_limit_bytes(roots: &Roots) -> Option<u64> {
     match (roots.proc("self/cgroup"), roots.proc("self/mountinfo")) {
         (Some(membership), Some(mountinfo)) => memory_bytes(&membership, &mountinfo, text),
-        // Without /proc: the group that a container sees is usually its own.
+        // Without /proc, the group that a container sees is usually its own.
         _ => {
             let own = |version, name| memory_limit(version, &roots.sys.join(name), &text);
             own(2, "fs/cgroup").or_else(|| own(1, "fs/cgroup/memory"))
@@ -38,7 +38,7 @@ pub(super) fn memory_limit_bytes(roots: &Roots) -> Option<u64> {
     }
 }
 
-/// Computes it from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
+/// Computes the same from the texts of `/proc/self/cgroup` and `/proc/self/mountinfo`.
 pub(super) fn memory_bytes(
     membership: &str,
     mountinfo: &str,
@@ -47,7 +47,7 @@ pub(super) fn memory_bytes(
     lowest("memory", membership, mountinfo, |version, group| memory_limit(version, group, &read))
 }
 
-/// The lowest limit that the groups of this process have for what `controller` controls.
+/// The lowest limit that the groups of this process set by `controller`.
 fn lowest(
     controller: &str,
     membership: &str,
@@ -75,7 +75,7 @@ fn lowest(
 /// A mounted tree of control groups that may set limits.
 struct Hierarchy {
     version: u8,
-    /// The group that is mounted: in a container not the uppermost one.
+    /// The group that is mounted: in a container it is not the topmost one.
     root: PathBuf,
     point: PathBuf,
 }
@@ -95,9 +95,9 @@ impl Hierarchy {
         Some(Hierarchy { version, root, point })
     }
 
-    /// The lowest limit of the group `path` and of those above it.
+    /// The lowest limit among the group `path` and those above it.
     fn lowest(&self, path: &Path, limit: &impl Fn(u8, &Path) -> Option<u64>) -> Option<u64> {
-        // A group outside of what is mounted here: only the mounted one can be asked.
+        // If the group is outside what is mounted here, only the mounted one can be read.
         let below = path.strip_prefix(&self.root).ok().filter(|below| !below.starts_with(".."));
         let group = self.point.join(below.unwrap_or(Path::new("")));
         let above = group.ancestors().take_while(|group| group.starts_with(&self.point));
@@ -118,19 +118,19 @@ fn processor_millis(
         }
         _ => (read(&group.join("cpu.cfs_quota_us"))?, read(&group.join("cpu.cfs_period_us"))?),
     };
-    // `max` and -1 are no numbers of this kind: no limit.
+    // `max` and -1 do not parse as such numbers, and mean no limit.
     let (quota, period): (u64, u64) = (quota.trim().parse().ok()?, period.trim().parse().ok()?);
     quota.checked_mul(1000)?.checked_div(period)
 }
 
-/// Above `memory.high` a group is slowed down until it hardly moves, above `memory.max` something
-/// in it is killed.
+/// Above `memory.high` the kernel slows a group down until it hardly makes progress; above
+/// `memory.max` it kills a process in it.
 fn memory_limit(version: u8, group: &Path, read: &impl Fn(&Path) -> Option<String>) -> Option<u64> {
     let names: &[&str] = match version {
         2 => &["memory.max", "memory.high"],
         _ => &["memory.limit_in_bytes"],
     };
-    // Version 1 has a number for "no limit" that is larger than any memory.
+    // Version 1 reports "no limit" as a number that is larger than any memory.
     let number =
         |name: &&str| read(&group.join(name))?.trim().parse().ok().filter(|bytes| *bytes < 1 << 62);
     names.iter().filter_map(number).min()

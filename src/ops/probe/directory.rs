@@ -1,7 +1,7 @@
-//! The directory of the store: its file system, whether direct I/O works there, and the block
-//! device behind it.
+//! Probes the directory of the store: its file system, whether direct I/O works there, and the
+//! block device behind it.
 //!
-//! 1. A directory that does not exist is judged by its nearest parent that does; nothing is made.
+//! 1. If a directory does not exist, its nearest existing parent is probed; nothing is made.
 
 use super::Roots;
 use super::mounts::mount_of;
@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "snake_case"))]
 pub enum DirectIo {
-    /// A block was written and read.
+    /// A block was written and read back with it.
     Works,
     /// The file system refuses it.
     Refused,
-    /// The directory can't be written, so it can't be tried.
+    /// It can't be tested, since the directory can't be written.
     Unknown,
 }
 
@@ -29,15 +29,15 @@ pub enum DirectIo {
 pub struct Directory {
     /// The path as the user gave it.
     pub path: PathBuf,
-    /// The path that was probed: the same, or its nearest existing parent.
+    /// The path that was probed: the given one, or its nearest existing parent.
     pub looked_at: PathBuf,
-    /// Why it can't be written.
+    /// Why the directory can't be written, if it can't.
     pub unwritable: Option<String>,
-    /// The file system.
+    /// The file system's name.
     pub file_system: Option<String>,
     /// Bytes that this user may still fill.
     pub free_bytes: Option<u64>,
-    /// Whether it holds a store already.
+    /// Whether it already holds a store.
     pub holds_store: bool,
     /// Whether direct I/O works.
     pub direct_io: DirectIo,

@@ -1,4 +1,4 @@
-//! io_uring: whether a ring can be created, why not, and which driver `auto` takes.
+//! Probes io_uring: whether a ring can be created, why not, and which driver `auto` chooses.
 
 use super::Roots;
 use crate::io::{ProcessLimits, UnavailableReason, UringUnavailable, uring};
@@ -14,12 +14,12 @@ const PORTABLE: &str = "portable";
 pub struct IoUring {
     /// A ring was created and torn down.
     pub available: bool,
-    /// Why it could not be created.
+    /// Why it could not be created, if it could not.
     pub refusal: Option<UnavailableReason>,
     /// The kernel's error (`EPERM` and so on), or the feature that its io_uring lacks.
     pub error: Option<String>,
-    /// kernel.io_uring_disabled: 0 allowed, 1 for the privileged only, 2 forbidden; absent before
-    /// Linux 6.6.
+    /// kernel.io_uring_disabled: 0 allows it, 1 allows it to the privileged only, 2 forbids it;
+    /// absent before Linux 6.6.
     pub disabled_setting: Option<u32>,
     /// Whether a seccomp filter is installed for this process.
     pub seccomp_filter: bool,
@@ -55,7 +55,7 @@ impl IoUring {
     }
 }
 
-/// Locked memory without which an executor refuses to start.
+/// The limit of locked memory below which an executor refuses to start.
 const EXECUTOR_LOCKED_MIN: u64 = 512 << 10;
 
 /// Why the executors of the ring driver can't be started, if they can't.
@@ -71,18 +71,18 @@ pub(crate) fn executor_refused() -> Option<String> {
     })
 }
 
-/// The driver that `auto` takes.
+/// The driver that `auto` chooses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct AutoDriver {
     /// `io_uring` or `portable`.
     pub name: &'static str,
-    /// Why it is not the ring driver.
+    /// Why it is not the ring driver, if it is not.
     pub because: Option<String>,
 }
 
 impl AutoDriver {
-    /// Probes this machine, for this process.
+    /// Probes this machine and chooses for this process.
     pub fn auto() -> AutoDriver {
         AutoDriver::choose(&IoUring::try_one(&Roots::default())).unless(executor_refused())
     }
@@ -97,7 +97,7 @@ impl AutoDriver {
         }
     }
 
-    /// The driver that follows from the outcome of a probe.
+    /// Chooses the driver that follows from the outcome of a probe.
     pub fn choose(io_uring: &IoUring) -> AutoDriver {
         match io_uring.refused() {
             Some(refused) => AutoDriver { name: PORTABLE, because: Some(refused.to_string()) },

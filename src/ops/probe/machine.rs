@@ -1,5 +1,5 @@
-//! The facts about kernel, memory, processors and limits. Each is read by a thin `look`; what text
-//! means is decided by functions of text.
+//! The facts about kernel, memory, processors and limits. A thin `look` reads each of them;
+//! functions of text decide what the text means.
 
 use super::Roots;
 use crate::base::options::SHARDS_MAX;
@@ -7,16 +7,16 @@ use crate::io::{ProcessLimits, check_kernel};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::CpuSet;
 
-/// Locked memory that glommio asks for at least, for each executor.
+/// The least locked memory that glommio requires for each executor.
 const EXECUTOR_BYTES: u64 = 512 << 10;
-/// Locked memory that the engine adds for each executor: its own I/O memory (64 KiB).
+/// Locked memory that each executor takes besides: its I/O memory (64 KiB).
 const EXECUTOR_OWN_BYTES: u64 = 64 << 10;
 
 /// The kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Kernel {
-    /// As `uname -r` says.
+    /// As `uname -r` prints it.
     pub release: String,
     /// Why the engine can't run on it, if it can't.
     pub refused: Option<String>,
@@ -33,15 +33,15 @@ impl Kernel {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct MemoryLocks {
-    /// The limit in force (`ulimit -S -l`); absent: none.
+    /// The limit in force (`ulimit -S -l`); absent if there is none.
     pub limit_bytes: Option<u64>,
     /// Up to where this user may raise it.
     pub hard_limit_bytes: Option<u64>,
-    /// Whether the kernel holds this process to it: not with the capability `CAP_IPC_LOCK`, as root
-    /// has.
+    /// Whether the kernel enforces the limit for this process: it does not with the capability
+    /// `CAP_IPC_LOCK`, which root has.
     pub enforced: bool,
-    /// Executors that it allows at 576 KiB each; absent: any number. glommio goes by the limit,
-    /// whether the kernel enforces it or not.
+    /// Executors that the limit allows at 576 KiB each; absent if any number. glommio obeys the
+    /// limit whether the kernel enforces it or not.
     pub executors_max: Option<u64>,
 }
 
@@ -74,7 +74,7 @@ impl MemoryLocks {
     }
 
     /// Memory that can be registered besides `executors_count` executors: at most half of the
-    /// limit, as the ring disks request. `None`: no limit.
+    /// limit, which is what the ring disks request. `None`: no limit.
     pub fn buffer_bytes(&self, executors_count: u64) -> Option<u64> {
         let limit = self.limit_bytes.filter(|_| self.enforced)?;
         let executors = executors_count.saturating_mul(EXECUTOR_BYTES + EXECUTOR_OWN_BYTES);
@@ -82,13 +82,13 @@ impl MemoryLocks {
     }
 }
 
-/// Pages of 2 MiB.
+/// The huge pages of 2 MiB.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct HugePages {
-    /// Reserved by the administrator.
+    /// The number that the administrator has reserved.
     pub reserved_count: Option<u64>,
-    /// Of those, not in use.
+    /// How many of those are not in use.
     pub free_count: Option<u64>,
     /// The setting of transparent huge pages: `always`, `madvise` or `never`.
     pub transparent: Option<String>,
@@ -125,14 +125,13 @@ pub(crate) fn allowed_cores() -> Vec<usize> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Cores {
-    /// Online in the machine.
+    /// Processors that are online in the machine.
     pub online_count: Option<u64>,
-    /// Those that this process may use, by number.
+    /// The numbers of those that this process may use.
     pub allowed: Vec<usize>,
-    /// Of those, distinct physical cores; absent if the machine does not say.
+    /// The distinct physical cores among those; absent if the machine does not report them.
     pub physical_count: Option<usize>,
-    /// Processors' worth of time that control groups allow, a part of one counted whole, if that is
-    /// less.
+    /// The processors' worth of time that control groups allow, rounded up, if that is less.
     pub quota_count: Option<usize>,
 }
 
@@ -173,11 +172,11 @@ pub(super) fn count(list: &str) -> Option<u64> {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct OpenFiles {
-    /// The limit in force (`ulimit -S -n`); absent: none.
+    /// The limit in force (`ulimit -S -n`); absent if there is none.
     pub limit_count: Option<u64>,
     /// Up to where this user may raise it.
     pub hard_limit_count: Option<u64>,
-    /// How long a file may be (`ulimit -f`); absent: no limit.
+    /// How long a file may be (`ulimit -f`); absent if there is no limit.
     pub file_bytes_max: Option<u64>,
 }
 

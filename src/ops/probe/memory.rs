@@ -1,22 +1,22 @@
-//! How much memory this process can take before the kernel kills something: what the machine has
-//! left, and what control groups (memory.max, memory.high) and process limits (`ulimit -v`, `ulimit
-//! -d`) allow.
+//! Determines how much memory this process can take before the kernel kills something: what the
+//! machine has left, and what control groups (memory.max, memory.high) and process limits (`ulimit
+//! -v`, `ulimit -d`) allow.
 //!
 //! Invariants
-//! 1. The lowest known limit counts. A limit that can't be found out counts as none.
-//! 2. Whether an amount fits is decided here alone ([`AvailableMemory::judge`]): `serve`, `bench`
-//!    and `doctor` say the same.
+//! 1. The lowest known limit counts. An unknown limit counts as none.
+//! 2. Only [`AvailableMemory::judge`] decides whether an amount fits, so `serve`, `bench` and
+//!    `doctor` agree.
 //!
-//! It does *not* know what a store needs, and reserves nothing: others may take the memory in the
-//! next moment.
+//! It does *not* know what a store needs, and reserves nothing: other processes may take the memory
+//! a moment later.
 
 use super::{HugePages, Roots, cgroup, human_bytes};
 use rustix::process::{Resource, getrlimit};
 
 /// Bytes of a reserved huge page.
 const HUGE_BYTES: u64 = 2 << 20;
-/// Percent of the available memory that may be taken without a warning; the rest is left for the
-/// page cache and for other programs.
+/// The percentage of the available memory that may be taken without a warning; the rest is left for
+/// the page cache and for other programs.
 const COMFORTABLE_PERCENT: u64 = 80;
 
 /// Memory that is available. An absent value is unknown or not limited.
@@ -36,16 +36,16 @@ pub struct AvailableMemory {
 /// Whether an amount of memory is available.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Room {
-    /// It is.
+    /// It is available.
     Enough,
-    /// It is, but leaves little for other programs; the text says so.
+    /// It is available, but leaves little for other programs; the text says so.
     Tight(String),
-    /// It is not: the kernel would kill this process, or another one; the text says so.
+    /// It is not available: the kernel would kill this process, or another one; the text says so.
     Lacking(String),
 }
 
 impl AvailableMemory {
-    /// Reads the files of the kernel.
+    /// Reads the amounts from the kernel's files.
     pub fn look() -> AvailableMemory {
         AvailableMemory::look_at(&Roots::default())
     }
@@ -81,14 +81,14 @@ impl AvailableMemory {
         let wanted = human_bytes(bytes);
         if bytes > most {
             let have = human_bytes(most);
-            return Room::Lacking(format!("{wanted} are needed and {have} can be had, {what}"));
+            return Room::Lacking(format!("{wanted} are needed and {have} are available, {what}"));
         }
-        // In this order: the product of a large number must not overflow.
+        // Divided first, since the product could overflow.
         let comfortable = most / 100 * COMFORTABLE_PERCENT;
         if bytes > comfortable {
             let have = human_bytes(most);
             return Room::Tight(format!(
-                "{wanted} are more than {COMFORTABLE_PERCENT} % of the {have} that can be had, \
+                "{wanted} are more than {COMFORTABLE_PERCENT} % of the {have} that are available, \
                  {what}"
             ));
         }
@@ -96,13 +96,13 @@ impl AvailableMemory {
     }
 }
 
-/// Bytes of a line like `MemAvailable:   20834648 kB`.
+/// The bytes that a line like `MemAvailable:   20834648 kB` gives.
 fn field(meminfo: &str, name: &str) -> Option<u64> {
     let line = meminfo.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// The memory of the machine, where there is no /proc.
+/// The memory of the machine; used where there is no /proc.
 fn machine_bytes() -> Option<u64> {
     let info = rustix::system::sysinfo();
     let (total, unit) = (info.totalram as u64, u64::from(info.mem_unit));

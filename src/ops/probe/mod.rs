@@ -1,17 +1,16 @@
-//! Facts about this machine, found out without changing anything, and what follows from them for
-//! the engine.
+//! Gathers facts about this machine without changing anything, and derives from them what is best
+//! for the engine.
 //!
 //! ```text
-//! /proc, /sys, system calls --readers--> Machine (facts) --advice (pure)--> found | used | suggestions
+//! /proc, /sys, system calls --readers--> Machine (facts) --advice (pure)--> findings, suggestions
 //! ```
 //! Invariants
 //! 1. A probe leaves nothing behind: no file, no setting, no lock. Rings and direct transfers are
-//!    really tried, since no file in /proc tells whether they work.
+//!    actually tried, since no file in /proc tells whether they work.
 //! 2. A fact that can't be read is absent (`None`), never guessed; no probe fails as a whole.
-//! 3. Each decision from a fact is made in one place, by a pure function, and the reports repeat
-//!    it.
+//! 3. One pure function makes each decision that follows from a fact, and the reports repeat it.
 //!
-//! It does *not*: open a store, choose for it, or change the machine.
+//! It does *not* open a store, choose for it, or change the machine.
 
 mod advice;
 mod cgroup;
@@ -31,7 +30,7 @@ pub use memory::{AvailableMemory, Room};
 
 use std::path::{Path, PathBuf};
 
-/// Everything that the engine's speed or fitness depends on.
+/// Everything about a machine that decides whether the engine can run on it, and how fast.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Machine {
@@ -45,7 +44,7 @@ pub struct Machine {
     pub memory_locks: MemoryLocks,
     /// The directory, its file system, and the device behind it.
     pub directory: Directory,
-    /// Pages of 2 MiB.
+    /// The huge pages of 2 MiB.
     pub huge_pages: HugePages,
     /// The processors.
     pub cores: Cores,
@@ -79,12 +78,12 @@ impl Machine {
     }
 }
 
-/// Thousandths of a processor that this process may use, if a control group says.
+/// The thousandths of a processor that this process may use, if a control group limits them.
 pub(crate) fn cpu_quota_millis() -> Option<u64> {
     cgroup::look(&Roots::default())
 }
 
-/// Where the kernel's files are; tests put their own in place.
+/// Where the kernel's files are; tests use files of their own.
 struct Roots {
     proc: PathBuf,
     sys: PathBuf,

@@ -1,5 +1,5 @@
-//! Which mount a path lies on (proc_pid_mountinfo(5)), for file systems that hide their device from
-//! `stat`.
+//! Finds the mount that a path lies on (proc_pid_mountinfo(5)), for file systems that hide their
+//! device from `stat`.
 
 use std::path::{Path, PathBuf};
 
@@ -38,7 +38,7 @@ fn parse(line: &str) -> Option<(PathBuf, Mount)> {
     ))
 }
 
-/// Undoes `\040` and its like.
+/// Undoes escapes such as `\040`.
 pub(super) fn unescape(text: &str) -> String {
     let mut out = Vec::new();
     let mut rest = text.as_bytes();

@@ -1,4 +1,5 @@
-//! The readers on files of other machines, and the advice for machines that are not at hand.
+//! Tests the readers on files from other machines, and the advice for machines that are not at
+//! hand.
 
 use super::machine::{chosen, count};
 use super::mounts::mount_of;
@@ -8,8 +9,8 @@ use std::fs;
 
 const RING: AutoDriver = AutoDriver { name: super::driver::RING, because: None };
 
-/// A machine of which nothing is left to wish for: an NVMe device with polling queues, and all
-/// limits lifted.
+/// A machine that leaves nothing to be desired: an NVMe device with polling queues, and all limits
+/// lifted.
 fn best() -> Machine {
     Machine {
         kernel: Kernel { release: "6.12.0".into(), refused: None },
@@ -67,7 +68,7 @@ fn refuse(machine: &mut Machine, refusal: UnavailableReason, error: &str) {
     );
 }
 
-/// What the advice says that is not good: subjects, and all commands.
+/// The subjects that the advice does not find good, and all its commands.
 fn complaints(machine: &Machine, driver: &AutoDriver) -> (Vec<&'static str>, Vec<String>) {
     let findings = machine.advice_with(driver);
     let subjects = findings
@@ -80,7 +81,7 @@ fn complaints(machine: &Machine, driver: &AutoDriver) -> (Vec<&'static str>, Vec
     (subjects.collect(), commands.collect())
 }
 
-/// An administrator who did all that was asked for must not be asked for more.
+/// An administrator who has followed all advice must not be asked for more.
 #[test]
 fn a_machine_as_it_should_be_gets_no_advice() {
     assert_eq!(complaints(&best(), &RING), (vec![], vec![]));
@@ -132,7 +133,7 @@ fn what_only_costs_speed_is_improvable_and_what_stops_a_store_is_fatal() {
     check(&|m| m.directory.direct_io = DirectIo::Refused, &["direct I/O"], true, "--dir");
     check(&|m| m.directory.file_system = Some("tmpfs".into()), &["file system"], true, "");
     check(&|m| m.directory.file_system = Some("btrfs".into()), &["file system"], true, "chattr +C");
-    // A new store on four shards takes 386 MiB, one that is there takes no more.
+    // A new store on four shards takes 386 MiB; an existing one takes no more.
     check(&|m| m.directory.free_bytes = Some(350 << 20), &["file system"], false, "--shards 1");
     check(&|m| m.directory.free_bytes = Some(400 << 20), &[], true, "");
     let there =
@@ -160,7 +161,7 @@ fn what_only_costs_speed_is_improvable_and_what_stops_a_store_is_fatal() {
     check(&|m| m.cores.quota_count = Some(2), &["processors"], true, "--cpuset-cpus 0-1");
     check(&|m| m.checksum = "tables".into(), &["checksums"], true, "");
     check(&|m| m.open_files.limit_count = Some(256), &["open files"], true, "ulimit -n");
-    // Four shards have 56 files open, and the server some more.
+    // Four shards have 56 files open, and the server some others.
     check(&|m| m.open_files.limit_count = Some(70), &["open files"], false, "ulimit -n");
     check(&|m| m.kernel.refused = Some("too old".into()), &["kernel"], false, "");
     let never = HugePages {
@@ -174,7 +175,7 @@ fn what_only_costs_speed_is_improvable_and_what_stops_a_store_is_fatal() {
         m.directory.direct_io = DirectIo::Unknown;
     };
     check(&unwritable, &["file system", "direct I/O"], false, "--dir");
-    // None of these asks for anything.
+    // None of these leads to a suggestion.
     check(&|m| m.huge_pages.free_count = Some(0), &[], true, "");
     check(&|m| m.directory.device = None, &[], true, "");
     check(
@@ -185,7 +186,7 @@ fn what_only_costs_speed_is_improvable_and_what_stops_a_store_is_fatal() {
     );
 }
 
-/// An executor that the limit does not allow panics; one too few leaves a core idle.
+/// An executor that the limit does not allow panics; one executor too few leaves a core idle.
 #[test]
 fn locked_memory_is_counted_in_executors_and_buffers() {
     let locks = |bytes, enforced| MemoryLocks::new(Some(bytes), Some(bytes), enforced);
@@ -193,7 +194,7 @@ fn locked_memory_is_counted_in_executors_and_buffers() {
     assert_eq!(executors(8 << 20, true), Some(14));
     assert_eq!(executors(576 << 10, true), Some(1));
     assert_eq!(executors(64 << 10, true), Some(0));
-    assert_eq!(executors(64 << 10, false), Some(0), "glommio asks for the limit, whatever holds");
+    assert_eq!(executors(64 << 10, false), Some(0), "glommio checks the limit, enforced or not");
     assert_eq!(executors(8 << 20, false), None);
     assert_eq!(MemoryLocks::new(None, None, true).executors_max, None);
     assert_eq!(locks(8 << 20, true).buffer_bytes(2), Some(4 << 20));
@@ -245,8 +246,8 @@ fn looking_at_a_directory_that_is_not_there_asks_its_parent_and_leaves_nothing()
     assert_eq!(Machine::look(Path::new("no-such-directory/x")).directory.looked_at, Path::new("."));
 }
 
-/// Root may write anywhere, so the one thing that surely can't be written is a directory that is
-/// none.
+/// Root may write anywhere, so the only path that certainly can't be written is one that is not a
+/// directory.
 #[test]
 fn a_directory_below_a_file_is_no_place_for_a_store() {
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -255,7 +256,7 @@ fn a_directory_below_a_file_is_no_place_for_a_store() {
     assert!(machine.directory.unwritable.unwrap().contains("not a directory"));
 }
 
-/// The readers of a machine whose control groups are these files.
+/// The quota on a machine whose control groups have these files.
 fn quota(membership: &str, mountinfo: &str, files: &[(&str, &str)]) -> Option<u64> {
     super::cgroup::quota_millis(membership, mountinfo, |path| {
         let found = files.iter().find(|(name, _)| Path::new(name) == path);
@@ -266,7 +267,8 @@ fn quota(membership: &str, mountinfo: &str, files: &[(&str, &str)]) -> Option<u6
 const V2: &str = "30 22 0:28 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n31 22 \
                   0:29 / /proc rw - proc proc rw";
 
-/// A container with the time of two processors on a machine of 64 must not be taken for one of 64.
+/// A container with the time of two processors on a machine of 64 must not be treated as if it had
+/// 64.
 #[test]
 fn the_lowest_limit_of_all_groups_above_a_process_is_its_own() {
     let group = |max| ("/sys/fs/cgroup/a/b/cpu.max", max);
@@ -282,7 +284,7 @@ fn the_lowest_limit_of_all_groups_above_a_process_is_its_own() {
         None,
         "another group"
     );
-    // In a container with a view of its own the limit stands at the top of that.
+    // In a container with a view of its own, the limit is at the top of that view.
     assert_eq!(quota("0::/", V2, &[("/sys/fs/cgroup/cpu.max", "300000 100000")]), Some(3000));
 }
 
@@ -300,13 +302,14 @@ fn control_groups_of_version_1_and_of_containers_are_read_too() {
     };
     assert_eq!(quota(membership, v1, &limits("100000")), Some(2000));
     assert_eq!(quota(membership, v1, &limits("-1")), None);
-    // Docker without a view of its own: the group of the container is mounted, under its full name.
+    // In a Docker container without a view of its own, the container's group is mounted under its
+    // full name.
     let docker = "25 22 0:20 /docker/c0ffee /sys/fs/cgroup rw - cgroup2 cgroup rw";
     let files =
         [("/sys/fs/cgroup/cpu.max", "250000 100000"), ("/sys/fs/cgroup/in/cpu.max", "max 100000")];
     assert_eq!(quota("0::/docker/c0ffee", docker, &files), Some(2500));
     assert_eq!(quota("0::/docker/c0ffee/in", docker, &files), Some(2500));
-    assert_eq!(quota("0::/elsewhere", docker, &files), Some(2500), "what is mounted can be asked");
+    assert_eq!(quota("0::/elsewhere", docker, &files), Some(2500), "what is mounted can be read");
     assert_eq!(quota("0::/../..", V2, &[("/sys/fs/cgroup/cpu.max", "100000 100000")]), Some(1000));
     for nonsense in ["", "0", "0::", "x:y", "0::/a"] {
         for mounts in ["", "1 2 3", " - cgroup2", V2] {
@@ -315,8 +318,8 @@ fn control_groups_of_version_1_and_of_containers_are_read_too() {
     }
 }
 
-/// A server in a container with 256 MiB must not be told of the 64 GiB of the machine around it,
-/// and be killed.
+/// A server in a container with 256 MiB must not believe that it has the 64 GiB of the machine
+/// around it, and be killed.
 #[test]
 fn the_lowest_memory_limit_of_all_groups_above_a_process_is_its_own() {
     let limit = |membership: &str, mountinfo: &str, files: &[(&str, &str)]| {
@@ -343,7 +346,7 @@ fn the_lowest_memory_limit_of_all_groups_above_a_process_is_its_own() {
     );
 }
 
-/// What the machine really has is found, and no memory is wanted that it has not.
+/// The real machine's memory must be found, and an amount that it does not have must be refused.
 #[test]
 fn this_machine_says_how_much_memory_it_has_left() {
     let memory = AvailableMemory::look();
