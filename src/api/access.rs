@@ -1,6 +1,6 @@
-//! From where a handle is used: the one thing in which the handles on any thread and those in a
-//! task on a shard differ. Stores, volumes, transactions and scans are written once, over
-//! [`Access`]; so what one of them can do, all can.
+//! Where a handle is used from: the one difference between handles on any thread and those in a
+//! task on a shard. Stores, volumes, transactions and scans are written once, over [`Access`], so
+//! both kinds of handle can do the same.
 //!
 //! ```text
 //!   Store, Volume, Txn, Scan <A>  --submit--> AnyThread: inbox of the shard -----------> shard
@@ -9,9 +9,9 @@
 //!   a call returns a future, for every runtime; `blocking::Wait` waits for it on a plain thread
 //! ```
 //! Invariants
-//! 1. An access decides on which way a request goes to a shard, and nothing else: no error, limit
-//!    or answer depends on it, but that requests of tasks are refused where those of other threads
-//!    wait for a permit.
+//! 1. An access decides how a request gets to a shard, and nothing else: no error, limit or answer
+//!    depends on it, except that requests of tasks are refused where those of other threads wait
+//!    for a permit.
 //! 2. Only [`AnyThread`] keeps a store open: a task on a shard may not keep its own shard alive.
 
 use super::freeing::Handles;
@@ -24,10 +24,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-/// From where a store is used: [`AnyThread`] or [`OnShard`]. Both offer the same calls with the
+/// Where a store is used from: [`AnyThread`] or [`OnShard`]. Both offer the same calls with the
 /// same answers.
 ///
-/// The trait is sealed. Functions that are to work with either take it as a parameter:
+/// The trait is sealed. Functions that work with either take it as a parameter:
 ///
 /// ```
 /// use corepage::{Access, PageId, Result, Volume};
@@ -55,12 +55,12 @@ pub trait Access: Submit {}
 
 /// How a request is submitted, and its reply awaited: all that differs between handles.
 pub(crate) trait Submit: Clone + 'static {
-    /// The reply to come. Dropping it does not undo the request.
+    /// The pending reply. Dropping it does not undo the request.
     type Reply: Future<Output = Result<Response>> + Unpin + From<Reply>;
 
     /// Submits a request to `shard`, or to the one that it belongs to, if that takes no hop; else
-    /// gives it back with the shard to which it has to go. No future, since this is on the path of
-    /// every cached read.
+    /// returns it with the shard that it has to go to. This is not a future, since it is on the
+    /// path of every cached read.
     fn submit(
         &self,
         runtime: &RuntimeHandle,
@@ -68,10 +68,10 @@ pub(crate) trait Submit: Clone + 'static {
         request: Request,
     ) -> std::result::Result<Self::Reply, (ShardId, Request)>;
 
-    /// The shard on whose thread it is.
+    /// The shard on whose thread it is used, if any.
     fn shard(&self) -> Option<ShardId>;
 
-    /// The same store from any thread, kept open only as far as this one keeps it open.
+    /// The same store from any thread; it keeps the store open only if this access does.
     fn any_thread(&self) -> AnyThread;
 }
 
@@ -79,19 +79,20 @@ pub(crate) trait Submit: Clone + 'static {
 #[derive(Clone)]
 pub struct AnyThread(#[expect(dead_code, reason = "held")] Option<Arc<Opened>>);
 
-/// What keeps a store open. The threads are the last to go.
+/// Keeps a store open. Its threads are dropped last.
 struct Opened {
     _handles: Handles,
     _runtime: Runtime,
 }
 
 impl AnyThread {
-    /// Keeps the store open: for the handles of callers.
+    /// For the handles of callers: keeps the store open.
     pub(super) fn keeps_open(runtime: Runtime, handles: Handles) -> AnyThread {
         AnyThread(Some(Arc::new(Opened { _handles: handles, _runtime: runtime })))
     }
 
-    /// For the engine's own work: the store ends with the last handle of a caller.
+    /// For the library's own work: does not keep the store open, which ends with a caller's last
+    /// handle.
     pub(super) fn of_engine() -> AnyThread {
         AnyThread(None)
     }
@@ -122,7 +123,7 @@ impl Submit for AnyThread {
 }
 
 /// A store used by a task on the thread of one of its shards: requests to that shard take no hop,
-/// no lock and no copy. It stays on that thread, and does not keep the store open.
+/// no lock and no copy. The handle stays on that thread, and does not keep the store open.
 #[derive(Clone)]
 pub struct OnShard(TaskContext);
 

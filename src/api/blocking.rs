@@ -1,4 +1,4 @@
-//! The store for plain threads: any call, waited for.
+//! The store for plain threads: [`Wait`] waits for any call.
 //!
 //! ```
 //! use corepage::{Options, PageId, Store, blocking::Wait};
@@ -22,13 +22,13 @@
 //! ```
 //!
 //! Invariants
-//! 1. A call that is waited for does what it does when it is awaited, with its errors and its
-//!    durability, and nothing besides: there is no second API that could lack one.
-//! 2. No call waits on a thread that drives a shard: it would wait for itself. It gets `Invalid`
-//!    there.
+//! 1. A call that is waited for does exactly what it does when it is awaited, with the same errors
+//!    and durability: there is no second API that could lack a call.
+//! 2. No call waits on a thread that drives a shard, since it would wait for itself: it gets
+//!    `Invalid` there.
 //!
-//! In an asynchronous runtime await the calls: [`wait`](Wait::wait) blocks the thread that it is
-//! called on.
+//! In an asynchronous runtime, await the calls instead: [`wait`](Wait::wait) blocks the calling
+//! thread.
 
 use super::wait::block_on;
 use super::{AnyThread, Scan};
@@ -38,7 +38,7 @@ use crate::engine::PageRef;
 use crate::runtime;
 use std::future::Future;
 
-/// What a call gives: a result, or (of [`Store::failed`](crate::Store::failed)) just an error.
+/// The output of a call: a result or, for [`Store::failed`](crate::Store::failed), just an error.
 trait Refusable {
     fn refused(error: Error) -> Self;
 }
@@ -55,13 +55,13 @@ impl Refusable for Error {
     }
 }
 
-/// Waits for a call on this thread. All that corepage returns as a future has it.
+/// Waits for a call on this thread. Every future that corepage returns implements it.
 pub trait Wait: Future + Sized {
     /// Blocks this thread until the call is done. It allocates nothing.
     ///
     /// # Errors
-    /// Those of the call. `Invalid`: this is a thread that drives a shard, which would wait for
-    /// itself; the call was not begun. Await it there.
+    /// Those of the call. `Invalid`: this thread drives a shard, and would wait for itself; the
+    /// call did not begin. Await it there.
     fn wait(self) -> Self::Output;
 }
 
@@ -77,13 +77,13 @@ impl<F: Future<Output: Refusable>> Wait for F {
     }
 }
 
-/// Pages in order, from [`Scan::blocking`]. It ends after an error.
+/// An iterator over pages in order, from [`Scan::blocking`]. It ends after an error.
 #[must_use = "a scan does nothing until it is asked for pages"]
 pub struct Pages(Scan);
 
 impl Scan<AnyThread> {
-    /// The same as an iterator, each step of which blocks this thread until its page is there, and
-    /// which ends after an error.
+    /// Turns the scan into an iterator. Each step blocks this thread until its page has been read;
+    /// the iterator ends after an error.
     pub fn blocking(self) -> Pages {
         Pages(self)
     }

@@ -1,20 +1,20 @@
-//! Volumes: made, found, made larger and smaller, deleted.
+//! Creates, finds, resizes and deletes volumes.
 //!
 //! ```text
-//! record of a volume:  none --create--> whole --shrink--> cut at the new size --pages freed--> whole
-//!                                         |--delete--> cut at 0, no name --pages freed--> stays until the next open --> none
-//!                                                      ^ answered here; `freeing` does the rest in the background
+//! none --create--> whole --shrink--> cut at the new size --pages freed--> whole
+//!                    |--delete--> cut at 0, no name --pages freed--> kept --next open--> none
+//!                                 ^ answered here; `freeing` does the rest in the background
 //! ```
 //! Invariants
 //! 1. Records are pages of the catalog (volume 0), changed by ordinary transactions: each step is
 //!    atomic and durable.
-//! 2. A cut record says that pages from its size on are to be freed. A crash leaves it, and the
-//!    next open goes on. Once it is durable the caller has the answer: no error of the freeing can
-//!    take it back.
-//! 3. Bytes that a volume gains are zeros: what a straggler wrote there since it was made smaller
-//!    is freed first.
-//! 4. The number of a deleted volume is given again only after the store was opened anew: handles
-//!    of the old one may be about.
+//! 2. A cut record says that the pages from its size on have yet to be freed. It outlives a crash,
+//!    and the next open continues. Once it is durable the caller has the answer, which no error of
+//!    the freeing can take back.
+//! 3. Bytes that a volume gains are zeros: pages that a late write left there after the volume was
+//!    shortened are freed first.
+//! 4. The number of a deleted volume is reused only after the store has been opened again, since
+//!    handles to the old one may still exist.
 
 use super::freeing::{Cursor, page_behind};
 use super::volume::VolumeState;
@@ -28,7 +28,7 @@ use bytes::Bytes;
 use std::future::Future;
 use std::sync::Arc;
 
-/// A record as it was read.
+/// A record of a volume as it was read.
 struct Record {
     key: PageKey,
     lsn: Lsn,
@@ -49,7 +49,7 @@ impl Record {
 /// The largest volume: clients keep sizes and offsets as signed 64-bit numbers.
 const BYTES_MAX: u64 = (1 << 63) - BLOCK as u64;
 
-/// Whether a volume can have `bytes` bytes; the error names the nearest sizes that it can have.
+/// Checks that a volume can have `bytes` bytes; the error names the nearest valid sizes.
 fn check_size(bytes: u64) -> Result<()> {
     if bytes > 0 && bytes <= BYTES_MAX && bytes.is_multiple_of(BLOCK as u64) {
         return Ok(());
@@ -67,7 +67,7 @@ fn check_size(bytes: u64) -> Result<()> {
     )))
 }
 
-/// Tries again while others change the catalog.
+/// Repeats a change while it conflicts with other changes of the catalog.
 macro_rules! until_no_conflict {
     ($attempt:expr) => {
         loop {
@@ -80,12 +80,13 @@ macro_rules! until_no_conflict {
 }
 
 impl<A: Access> Store<A> {
-    /// Creates volume `name` of `bytes` bytes; durable on return. All its pages read as zeros.
+    /// Creates volume `name` of `bytes` bytes, durable on return. All its pages read as zeros.
     ///
     /// # Errors
     /// `AlreadyExists`: the name is taken. `Invalid`: it is empty, longer than 255 bytes or has
-    /// control characters, the size is no multiple of 4,096 below 2^63, or there are 247 volumes
-    /// already; those deleted since the store was opened count. `Full`: no space.
+    /// control characters, the size is not a multiple of 4,096 from 4,096 to below 2^63, or there
+    /// are already 247 volumes, counting those deleted since the store was opened. `Full`: no
+    /// space.
     pub async fn create_volume(&self, name: &str, bytes: u64) -> Result<Volume<A>> {
         if name.is_empty()
             || name.len() > catalog::NAME_BYTES_MAX
@@ -108,11 +109,11 @@ impl<A: Access> Store<A> {
         let Some(free) = records.iter().position(|record| record.volume.is_none()) else {
             return Err(Error::invalid(
                 "there are 247 volumes, the most that a store can have; the numbers of deleted \
-                 ones are free again when the store is opened anew",
+                 ones become free when the store is reopened",
             ));
         };
-        // Numbers are given in order, so two creations at a time, of the same name or not, meet at
-        // the first free page.
+        // Numbers are assigned in order, so two concurrent creations, of the same name or not, meet
+        // at the first free page.
         let reads = records[..=free].iter().map(|record| (record.key, record.lsn)).collect();
         let volume = catalog::Volume { name: name.into(), bytes, is_cut: false };
         let lsn = self.put_record(reads, records[free].key, Some(&volume)).await?;
@@ -122,12 +123,12 @@ impl<A: Access> Store<A> {
     /// Finds the volume `name`; `None` if there is none.
     ///
     /// # Errors
-    /// As [`Volume::read`], of the records of the volumes.
+    /// As [`Volume::read`], for the records of the volumes.
     pub async fn volume(&self, name: &str) -> Result<Option<Volume<A>>> {
         Ok(self.volumes().await?.into_iter().find(|volume| volume.name() == name))
     }
 
-    /// All volumes, in the order of their numbers.
+    /// Returns all volumes, in the order of their numbers.
     ///
     /// # Errors
     /// As [`volume`](Self::volume).
@@ -138,15 +139,16 @@ impl<A: Access> Store<A> {
         Ok(named.map(|(id, lsn, volume)| self.handle(id, lsn, &volume)).collect())
     }
 
-    /// Makes volume `name` larger or smaller; durable on return. Bytes gained are zeros. Bytes lost
-    /// are lost: their pages are freed in the background, after a crash or a close once the store
-    /// is open again ([`wait_freed`](Self::wait_freed) waits for it). Writes beyond the end that
-    /// are under way meanwhile may be lost too. Dropping the future does not stop it.
+    /// Makes volume `name` larger or smaller, durable on return. Bytes gained are zeros. Bytes cut
+    /// off are lost: their pages are freed in the background, after a crash or a close once the
+    /// store is open again ([`wait_freed`](Self::wait_freed) waits for that). Concurrent writes
+    /// beyond the end may be lost too. Dropping the future does not stop the change.
     ///
     /// # Errors
-    /// `NotFound`: no such volume. `Invalid`: the size is no multiple of 4,096 below 2^63. `Full`,
-    /// `Busy`: nothing was changed. Growing: as [`Volume::free_range`], too, since pages beyond the
-    /// old end that were not freed yet are freed first.
+    /// `NotFound`: no such volume. `Invalid`: the size is not a multiple of 4,096 from 4,096 to
+    /// below 2^63. `Full`, `Busy`: nothing was changed. When growing, also as
+    /// [`Volume::free_range`], since pages beyond the old end that were not freed yet are freed
+    /// first.
     pub async fn resize_volume(&self, name: &str, bytes: u64) -> Result<()> {
         check_size(bytes)?;
         let (store, name) = (self.any_thread(), name.to_string());
@@ -170,10 +172,10 @@ impl<A: Access> Store<A> {
         Ok(())
     }
 
-    /// Deletes volume `name` with all its pages; durable on return. The pages are freed in the
+    /// Deletes volume `name` with all its pages, durable on return. The pages are freed in the
     /// background, after a crash or a close once the store is open again
-    /// ([`wait_freed`](Self::wait_freed) waits for it). Handles to it get `NotFound` from now on.
-    /// Dropping the future does not stop it.
+    /// ([`wait_freed`](Self::wait_freed) waits for that). Handles to the volume get `NotFound` from
+    /// then on. Dropping the future does not stop the deletion.
     ///
     /// # Errors
     /// `NotFound`: no such volume. `Full`, `Busy`: nothing was done.
@@ -191,8 +193,8 @@ impl<A: Access> Store<A> {
         Ok(())
     }
 
-    /// Waits until the pages of all volumes that were deleted or made smaller are freed. They take
-    /// no space after the next checkpoint.
+    /// Waits until the pages of all deleted and shortened volumes are freed. They take no space
+    /// after the next checkpoint.
     ///
     /// # Errors
     /// `Corrupt`, `Io`: a part of the page map can't be read. `Closed`. In each case the next open
@@ -201,8 +203,8 @@ impl<A: Access> Store<A> {
         self.inner.freeing.wait().await
     }
 
-    /// The number of volumes that were deleted or made smaller, and whose pages are still being
-    /// freed in the background.
+    /// The number of deleted and shortened volumes whose pages are still being freed in the
+    /// background.
     pub fn freeing_count(&self) -> usize {
         self.inner.freeing.count()
     }
@@ -211,13 +213,13 @@ impl<A: Access> Store<A> {
         self.inner.freeing.add(self.own_handle(), key, frees_number);
     }
 
-    /// The same store, for work that outlives the call.
+    /// Returns the same store, for work that outlives the call.
     fn any_thread(&self) -> Store {
         let (inner, pins) = (self.inner.clone(), self.pins.clone());
         Store { access: self.access.any_thread(), inner, pins }
     }
 
-    /// Runs one change of volumes after another, each to its end.
+    /// Runs changes of volumes one after another, each to its end.
     async fn detached<F: Future<Output = Result<()>> + 'static>(
         &self,
         change: impl FnOnce() -> F + Send + 'static,
@@ -230,21 +232,23 @@ impl<A: Access> Store<A> {
         task.await?
     }
 
-    /// Goes on with what was under way when the store was left, in the background: frees pages of
-    /// deleted and shortened volumes. Numbers of deleted ones are free afterwards: no handle to
-    /// them exists.
+    /// Resumes, in the background, what was unfinished when the store was last closed or crashed:
+    /// frees pages of deleted and shortened volumes. Afterwards the numbers of the deleted ones are
+    /// free, since no handle to them exists.
     pub(super) async fn begin_finishing(&self) -> Result<()> {
         for record in self.records().await? {
             if record.volume.as_ref().is_some_and(|volume| volume.is_cut) {
-                // One that is deleted only now keeps its number: handles to it may be about.
+                // A volume that is deleted only now keeps its number, since handles to it may
+                // exist.
                 self.free_in_background(record.key, record.is_named(""));
             }
         }
         Ok(())
     }
 
-    /// A bounded part of the work for a record; where to go on, or `None` if that was all. Nobody
-    /// changes the size of a volume meanwhile: it could grow over pages that are about to be freed.
+    /// Does a bounded part of the work for a record. Returns where to continue, or `None` if that
+    /// was all. No caller changes the size of a volume in the meantime: it could grow over pages
+    /// that are about to be freed.
     pub(super) async fn free_step(
         &self,
         key: PageKey,
@@ -255,8 +259,9 @@ impl<A: Access> Store<A> {
         self.cut_some(key, cursor, frees_number).await
     }
 
-    /// Frees some of the pages behind the end of a volume, and ends its cut with the last; where to
-    /// go on. The number of a deleted one is free then only if `frees_number`.
+    /// Frees some of the pages beyond the end of a volume, and completes its cut with the last.
+    /// Returns where to continue. The number of a deleted volume becomes free only if
+    /// `frees_number`.
     async fn cut_some(
         &self,
         key: PageKey,
@@ -285,7 +290,7 @@ impl<A: Access> Store<A> {
         Ok(None)
     }
 
-    /// Frees the pages of a volume from `bytes` up to `end_bytes`; durable on return.
+    /// Frees the pages of a volume from `bytes` up to `end_bytes`, durable on return.
     async fn free_between(&self, id: VolumeId, bytes: u64, end_bytes: u64) -> Result<()> {
         let Some(last) = page_behind(end_bytes).get().checked_sub(1) else { return Ok(()) };
         self.free_pages(id, page_behind(bytes), PageId::new(last)).await?;
@@ -297,7 +302,7 @@ impl<A: Access> Store<A> {
             .map(|n| PageKey::new(VolumeId::CATALOG, PageId::new(n)))
             .collect();
         let mut records = Vec::with_capacity(keys.len());
-        // In parts: with little memory a handle can't pin all at once.
+        // Read in parts: with little memory a handle can't pin all at once.
         for keys in keys.chunks(READ_PAGES) {
             for (key, page) in keys.iter().zip(self.read(keys).await?) {
                 let volume = if page.is_absent() { None } else { Some(decode(*key, &page)?) };
@@ -357,8 +362,8 @@ mod tests {
     use crate::base::options::Options;
     use futures_lite::future::block_on;
 
-    /// Clients take a size from 2^63 on for a negative number: such a volume could be made, and not
-    /// be used.
+    /// Clients take a size of 2^63 or more for a negative number: such a volume could be created
+    /// but not used.
     #[test]
     fn a_volume_has_no_more_bytes_than_clients_can_address() {
         assert!(check_size(BYTES_MAX).is_ok() && check_size(4096).is_ok());
@@ -377,8 +382,8 @@ mod tests {
         }
     }
 
-    /// A volume whose shortening a crash has left, and that is deleted before the store has gone on
-    /// with it: given its number again, a new volume would get what old handles write.
+    /// A crash interrupts the shortening of a volume, which is then deleted before the store has
+    /// resumed that. If its number were reused, a new volume would get what old handles write.
     #[test]
     fn a_volume_deleted_while_its_cut_is_finished_keeps_its_number() {
         let dir = tempfile::tempdir().expect("a directory");
@@ -396,7 +401,7 @@ mod tests {
         let before = record();
         block_on(store.delete_volume("v")).expect("it goes");
         block_on(store.wait_freed()).expect("its pages go");
-        // What the background does with what it has found at the open.
+        // Do what the background does with the record that it found at the open.
         assert_eq!(
             block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"),
             None
@@ -405,7 +410,7 @@ mod tests {
         assert_ne!(block_on(store.create_volume("v", 1 << 20)).expect("a volume").id(), old.id());
         let lost = block_on(old.write(PageId::new(0), vec![1; BLOCK])).expect_err("it is deleted");
         assert_eq!(lost.kind(), ErrorKind::NotFound);
-        // At the next open nobody has a handle.
+        // At the next open there are no handles.
         assert_eq!(
             block_on(store.cut_some(key, None, record().is_named("")))
                 .expect("its pages are freed"),

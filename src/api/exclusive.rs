@@ -1,12 +1,12 @@
-//! A lock that is held across awaits, handed from one holder to the next in the order in which they
-//! came.
+//! A lock that is held across awaits, and passes from one holder to the next in the order of
+//! arrival.
 //!
 //! Invariants
 //! 1. There is at most one guard at a time.
-//! 2. A caller that releases the lock and takes it again at once queues behind those who wait: a
-//!    thread that frees the pages of a volume step by step can't keep out whoever wants to resize
-//!    one.
-//! 3. A caller that gives up waiting keeps nobody else from the lock.
+//! 2. A caller that releases the lock and takes it again at once queues behind those that wait: a
+//!    thread that frees the pages of a volume step by step can't keep out a caller that wants to
+//!    resize one.
+//! 3. A caller that gives up waiting blocks no other.
 
 use event_listener::Event;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 struct State {
     is_held: bool,
     waiting: usize,
-    /// The last holder has left the lock to one of those who wait: it stays held until one of them
+    /// The last holder has left the lock to the callers that wait: it stays held until one of them
     /// takes it.
     is_handed_over: bool,
 }
@@ -55,8 +55,7 @@ impl Exclusive {
             if std::mem::take(&mut state.is_handed_over) {
                 return Guard(self);
             }
-            // A caller that gave up has passed its wake-up on, after the lock had gone to another
-            // one.
+            // A caller that gave up passed its wake-up on after another one had taken the lock.
             turn = self.handed_over.listen();
         }
     }
@@ -114,7 +113,7 @@ mod tests {
         drop(lock_of(&exclusive));
     }
 
-    /// If this fails, a call that a client has given up leaves the store unable to change a volume
+    /// If this fails, a call that a client abandons leaves the store unable to change a volume
     /// until it is reopened.
     #[test]
     fn who_gives_up_waiting_keeps_nobody_out() {
@@ -140,7 +139,7 @@ mod tests {
         }
     }
 
-    /// Two holders would free pages of a volume that has just grown over them.
+    /// With two holders, pages of a volume would be freed that it has just grown over.
     #[test]
     fn threads_hold_it_one_at_a_time() {
         let (exclusive, inside) = (Exclusive::default(), std::sync::atomic::AtomicU32::new(0));

@@ -1,20 +1,19 @@
 //! Frees the pages of deleted and shortened volumes in the background, on a thread of its own.
 //!
 //! ```text
-//! record cut (durable) ──add──> job ──step──> step ── … ──last step──> record whole again, or free ──> job done
-//!                                ^     │
-//!                                └─────┘ Busy, Full, Conflict: pause from 1 ms up to 1 s, then the same step again
+//! record cut (durable) --add--> job --step--> step --> ... --last step--> record whole, or free
+//!                                ^     |
+//!                                '-----' Busy, Full, Conflict: the same step again after a pause
 //! ```
 //! Invariants
-//! 1. A deletion is answered when its record is durable: nothing that happens here can take the
-//!    answer back or delay it.
-//! 2. A step that fails for a reason that passes is tried again for as long as the store is open.
-//!    What is left when the store is closed or has crashed is found in the catalog by the next
-//!    open.
-//! 3. The thread runs only while there are jobs. It does not keep the store open: the last handle
-//!    that a caller drops stops it first ([`Handles`]).
+//! 1. A deletion is answered when its record is durable: nothing that happens here can delay the
+//!    answer or take it back.
+//! 2. A step that fails for a transient reason is retried as long as the store is open. What is
+//!    left when the store closes or crashes, the next open finds in the catalog.
+//! 3. The thread runs only while there are jobs. It does not keep the store open: when a caller
+//!    drops the last handle, the thread is stopped first ([`Handles`]).
 //!
-//! Does not know which pages a record stands for: `catalog` does.
+//! It does *not* know which pages a record stands for: `catalog` does.
 
 use super::Store;
 use super::wait::{block_on, first_of};
@@ -27,14 +26,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Pauses after a step that the store was too busy for: each is twice the one before it.
+/// The pauses after a step that the store was too busy for: each is twice as long as the one before
+/// it.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
-/// Pauses between two warnings about the same job: about a minute and a half apart once pauses have
-/// grown.
+/// The number of pauses between two warnings about the same job: they are about a minute and a half
+/// apart once pauses have grown.
 const PAUSES_PER_WARNING: u32 = 100;
 
-/// How far the pages behind a volume's end are freed: all from its end, which was at `from_bytes`,
+/// How far the pages beyond a volume's end are freed: all from its end, which was at `from_bytes`,
 /// up to `next`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cursor {
@@ -47,8 +47,8 @@ impl Cursor {
         Cursor { from_bytes, next }
     }
 
-    /// The page to go on with if the volume ends at `bytes` now: never one of its own, and none is
-    /// passed over.
+    /// The page to continue with if the volume now ends at `bytes`: never one of its own pages, and
+    /// none is skipped.
     pub(super) fn go_on(cursor: Option<Cursor>, bytes: u64) -> PageId {
         let end = page_behind(bytes);
         cursor
@@ -57,18 +57,18 @@ impl Cursor {
     }
 }
 
-/// The first page that has none of the first `bytes` bytes.
+/// The first page that holds none of the first `bytes` bytes.
 pub(super) fn page_behind(bytes: u64) -> PageId {
     PageId::new(bytes.div_ceil(BLOCK as u64))
 }
 
-/// A record whose pages are to be freed.
+/// The work for one record: its pages have to be freed.
 #[derive(Clone, Copy)]
 struct Job {
-    /// The number of the volume is free afterwards: no handle to it can exist.
+    /// Whether the number of the volume becomes free: then no handle to it can exist.
     frees_number: bool,
     cursor: Option<Cursor>,
-    /// Changes when the record has changed: a step that began before must not end the job.
+    /// Changes with the record: a step that began before must not end the job.
     generation: u64,
 }
 
@@ -76,12 +76,12 @@ struct Job {
 struct State {
     jobs: BTreeMap<PageKey, Job>,
     generations: u64,
-    /// The thread takes jobs.
+    /// Whether the thread takes jobs.
     is_running: bool,
-    /// No caller has a handle any more.
+    /// Whether the last handle of a caller is gone.
     is_ending: bool,
     thread: Option<JoinHandle<()>>,
-    /// Why pages of some job were left to the next open.
+    /// Why the pages of some job were left to the next open.
     failed: Option<Error>,
 }
 
@@ -89,12 +89,12 @@ struct State {
 #[derive(Default)]
 pub(super) struct Freeing {
     state: Mutex<State>,
-    /// A job was added or has ended, or all of it ends.
+    /// Notified when a job was added or has ended, or when everything ends.
     changed: Event,
     opener: Opener,
 }
 
-/// Shared by the handles of callers: when the last of them goes, the thread is stopped.
+/// Shared by the handles of callers: when the last of them is dropped, the thread is stopped.
 pub(super) struct Handles(pub(super) Arc<Freeing>);
 
 impl Drop for Handles {
@@ -107,18 +107,19 @@ impl Drop for Handles {
 }
 
 impl Freeing {
-    // Plain data, right at every step: a panic elsewhere does not spoil it.
+    // The state is plain data and consistent at every step, so a panic elsewhere does not
+    // invalidate it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many records have pages left to be freed.
+    /// The number of records that have pages left to be freed.
     pub(super) fn count(&self) -> usize {
         self.lock().jobs.len()
     }
 
-    /// Takes on the record at `key`, or begins again with it if it has changed. `store` is for the
-    /// thread.
+    /// Adds a job for the record at `key`, or restarts it if the record has changed. `store` is for
+    /// the thread.
     pub(super) fn add(self: &Arc<Self>, store: Store, key: PageKey, frees_number: bool) {
         let mut state = self.lock();
         state.generations += 1;
@@ -130,7 +131,7 @@ impl Freeing {
         if state.is_running || state.is_ending {
             return;
         }
-        // The one before has nothing left to do.
+        // The previous thread has nothing left to do.
         let before = state.thread.take();
         let own = self.clone();
         let work = move || {
@@ -146,14 +147,14 @@ impl Freeing {
             Err(source) => {
                 let error =
                     Error::no_thread("a thread that frees the pages of a deleted volume", source);
-                tracing::warn!(%error, "its pages are freed when the store is opened next");
+                tracing::warn!(%error, "its pages are freed when the store is next opened");
                 state.jobs.clear();
                 state.failed = Some(error);
             }
         }
     }
 
-    /// Returns when there are no jobs.
+    /// Waits until there are no jobs.
     pub(super) async fn wait(&self) -> Result<()> {
         if !self.opener.is_here() {
             return Err(self.opener.refusal());
@@ -167,7 +168,7 @@ impl Freeing {
         }
     }
 
-    /// What came of the jobs, if there are none left.
+    /// The result of all jobs; `None` while some are left.
     fn result(&self) -> Option<Result<()>> {
         let mut state = self.lock();
         match state.failed.take() {
@@ -186,7 +187,7 @@ impl Freeing {
         }
     }
 
-    /// Stops the thread, and waits until it has let go of the store.
+    /// Stops the thread, and waits until it has released the store.
     fn end(&self) {
         let mut state = self.lock();
         state.is_ending = true;
@@ -195,14 +196,14 @@ impl Freeing {
         self.changed.notify(usize::MAX);
         let Some(thread) = thread else { return };
         let is_this = thread.thread().id() == std::thread::current().id();
-        // On a shard's thread it would wait for a thread that may wait for this one; there the
-        // store ends a little later.
+        // On a shard's thread this would wait for a thread that may wait for the calling one; there
+        // the store ends a little later instead.
         if !is_this && !crate::runtime::is_shard_thread() {
             drop(thread.join());
         }
     }
 
-    /// The next job, or none: then the thread ends, and the next `add` starts another.
+    /// The next job. If there is none, the thread ends, and the next `add` starts another.
     fn next(&self) -> Option<(PageKey, Job)> {
         let mut state = self.lock();
         let next = if state.is_ending {
@@ -230,7 +231,8 @@ impl Freeing {
                 }
                 Err(error) if passes(error.kind()) => {
                     if pauses % PAUSES_PER_WARNING == PAUSES_PER_WARNING - 1 {
-                        tracing::warn!(%error, volume = key.page.get(), "freeing the pages of a volume waits");
+                        let volume = key.page.get();
+                        tracing::warn!(%error, volume, "freeing the pages of a volume waits");
                     }
                     pauses = pauses.wrapping_add(1);
                     self.pause(pause);
@@ -243,7 +245,7 @@ impl Freeing {
 
     fn stepped(&self, key: PageKey, generation: u64, cursor: Option<Cursor>) {
         let mut state = self.lock();
-        // Another one than the step was made for: it begins with the record as it is now.
+        // If the job has changed since the step began, it restarts with the current record.
         let Some(job) = state.jobs.get_mut(&key).filter(|job| job.generation == generation) else {
             return;
         };
@@ -260,7 +262,9 @@ impl Freeing {
         match error.kind() {
             ErrorKind::Closed => state.jobs.clear(),
             _ => {
-                tracing::warn!(%error, volume = key.page.get(), "pages of a deleted or shortened volume are left");
+                let volume = key.page.get();
+                let what = "pages of a deleted or shortened volume are not freed";
+                tracing::warn!(%error, volume, "{what}");
                 state.jobs.remove(&key);
             }
         }
@@ -277,12 +281,12 @@ impl Freeing {
     }
 }
 
-/// What the same step may not meet a little later.
+/// Whether the same step may succeed a little later.
 fn passes(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::Busy | ErrorKind::Full | ErrorKind::Conflict)
 }
 
-/// Whatever ends the thread, nobody waits for it.
+/// However the thread ends, this makes sure that no caller waits for it for ever.
 struct Running<'a>(&'a Freeing);
 
 impl Drop for Running<'_> {
@@ -303,7 +307,8 @@ impl Drop for Running<'_> {
 mod tests {
     use super::*;
 
-    /// Going on at the wrong page frees what a volume has gained again, or leaves what it has lost.
+    /// Continuing at the wrong page would free what a volume has gained again, or leave what it has
+    /// lost.
     #[test]
     fn freeing_goes_on_behind_the_end_of_the_volume_as_it_is_now() {
         let cursor = |from: u64, next| {
@@ -315,6 +320,6 @@ mod tests {
         assert_eq!(first(cursor(10, 50), 80), 80, "it has grown beyond that");
         assert_eq!(first(cursor(10, 50), 20), 50, "it has grown less far");
         assert_eq!(first(cursor(10, 50), 5), 5, "it has shrunk again");
-        assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that is its own in part stays");
+        assert_eq!(Cursor::go_on(None, 4097).get(), 2, "a page that belongs to it in part stays");
     }
 }

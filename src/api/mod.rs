@@ -1,14 +1,14 @@
 //! The handles that callers hold: the store, its volumes, and transactions.
 //!
 //! Invariants
-//! 1. A handle holds no state of pages: everything is asked of the shard. So handles are cheap to
+//! 1. A handle holds no state of pages: it asks the shard for everything. So handles are cheap to
 //!    clone, and any number of them, on any thread and runtime, see the same store.
-//! 2. A future that is dropped before its first poll did nothing; one dropped later undoes nothing
-//!    that was submitted.
-//! 3. Each call is written once, over [`Access`]: for any thread and for tasks on a shard; and
-//!    whatever can be awaited can be waited for ([`blocking`]) and queued ([`queue`]).
-//! 4. Volumes are named in the catalog (volume 0) by ordinary transactions: creation is as atomic
-//!    and durable as any commit.
+//! 2. A future that is dropped before its first poll has done nothing; one that is dropped later
+//!    undoes nothing that was submitted.
+//! 3. Each call is written once, over [`Access`], for any thread and for tasks on a shard; and
+//!    whatever can be awaited can also be waited for ([`blocking`]) and queued ([`queue`]).
+//! 4. Ordinary transactions name volumes in the catalog (volume 0): creation is as atomic and
+//!    durable as any commit.
 
 mod access;
 pub mod blocking;
@@ -46,40 +46,39 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Pages of one read request; larger reads are split.
+/// The most pages of one read request; larger reads are split.
 const READ_PAGES: usize = 64;
 /// The part of the memory that one handle can pin.
 const PINS_SHARE: u64 = 4;
 
 /// An open store. Clones are handles to the same store. [`close`](Store::close) ends it cleanly. If
-/// the last handle is dropped instead, it ends as in a crash: nothing that was acknowledged as
-/// durable is lost, and the next open recovers.
+/// the last handle is dropped instead, the store ends as in a crash: nothing that was acknowledged
+/// as durable is lost, and the next open recovers.
 ///
-/// Dropping the last handle blocks until the device has finished what it was given, so that the
-/// store can be opened again at once. On a shard's own thread, in a task or a waker there, it does
-/// not block: the store ends a little later, and opening it waits for that.
+/// Dropping the last handle blocks until the device has finished all operations, so that the store
+/// can be opened again at once. On a shard's own thread, in a task or a waker there, it does not
+/// block: the store ends a little later, and opening it waits for that.
 ///
 /// Volumes, transactions and scans share the pin quota of the handle that they were made from: the
 /// pages that they hold can take a quarter of the memory. A clone has a quota of its own.
 ///
 /// `A` says where the handle is used: on any thread, or in a task on a shard ([`ShardHandle`]).
 /// [`open`](Store::open), [`open_existing`](Store::open_existing) and [`close`](Store::close) are
-/// for any thread; everything else is offered by both.
+/// for any thread; both offer everything else.
 pub struct Store<A: Access = AnyThread> {
     access: A,
     inner: Arc<Inner>,
     pins: Arc<PinQuota>,
 }
 
-/// What all handles share. It does not keep the store open: [`AnyThread`] does.
+/// The state that all handles share. It does not keep the store open: [`AnyThread`] does.
 struct Inner {
     runtime: Arc<RuntimeHandle>,
     read_pages: usize,
     closing: Mutex<bool>,
-    /// What all handles to each volume share.
+    /// The state that all handles to each volume share.
     volumes: Box<[Arc<volume::VolumeState>]>,
-    /// Held while a volume is made smaller, larger or deleted, and while some of its pages are
-    /// freed.
+    /// Held while a volume is resized or deleted, and while some of its pages are freed.
     resizing: Arc<exclusive::Exclusive>,
     freeing: Arc<Freeing>,
 }
@@ -107,11 +106,11 @@ impl Store {
     ///
     /// Dropping the future cancels the opening, even in the middle of a long recovery, and leaves
     /// the store as after a crash. Like dropping a store, that blocks until the device has finished
-    /// what it was given.
+    /// all operations.
     ///
     /// # Errors
-    /// `InUse`: another process, or another handle of this one, has it open. `Unsupported`: another
-    /// format version. `Corrupt`: damage that recovery must not pass over; nothing was changed.
+    /// `InUse`: another process, or another handle in this one, has it open. `Unsupported`: another
+    /// format version. `Corrupt`: damage that recovery must not ignore; nothing was changed.
     /// `Invalid`: an option; the message says which. `Io`, `Full`: the directory can't be written.
     pub async fn open(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         Store::open_wanted(dir.as_ref(), options, OpenMode::CreateIfMissing).await
@@ -122,7 +121,7 @@ impl Store {
     /// real one.
     ///
     /// # Errors
-    /// `NotFound`: there is no store, or one whose creation was cut short. And as
+    /// `NotFound`: there is no store, or only one whose creation was interrupted. Else as
     /// [`open`](Self::open).
     pub async fn open_existing(dir: impl AsRef<Path>, options: Options) -> Result<Store> {
         Store::open_wanted(dir.as_ref(), options, OpenMode::MustExist).await
@@ -140,19 +139,19 @@ impl Store {
         let inner = Inner { runtime: handle, read_pages, closing, volumes, resizing, freeing };
         let store = Store { access, inner: Arc::new(inner), pins };
         if let Err(error) = store.begin_finishing().await {
-            // Volumes whose records can be read are of use all the same.
-            tracing::warn!(%error, "whether a volume was left half deleted is not known");
+            // The volumes whose records can be read are still useful.
+            tracing::warn!(%error, "it is not known whether a volume was left half deleted");
         }
         Ok(store)
     }
 
-    /// Finishes what is under way, makes everything durable and records the end of the log, so that
-    /// the next open has nothing to recover. All other handles get `Closed` from then on.
+    /// Finishes what is in progress, makes everything durable and records the end of the log, so
+    /// that the next open has nothing to recover. All other handles get `Closed` from then on.
     ///
     /// # Errors
-    /// `Closed`: it is closed already, or has stopped after a failed write; then nothing more can
-    /// be done. `Busy`: the shards were too busy to close; the store is open, and can be closed
-    /// later.
+    /// `Closed`: the store is already closed, or has stopped after a failed write; then nothing
+    /// more can be done. `Busy`: the shards were too busy to close; the store is open, and can be
+    /// closed later.
     pub async fn close(&self) -> Result<()> {
         let first = !std::mem::replace(
             &mut *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner),
@@ -163,7 +162,7 @@ impl Store {
         }
         let result = self.inner.runtime.close().await;
         if result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy) {
-            // It did not get through: the store is open, and the next call may close it.
+            // The close failed: the store is open, and the next call may close it.
             *self.inner.closing.lock().unwrap_or_else(PoisonError::into_inner) = false;
             return result;
         }
@@ -173,36 +172,37 @@ impl Store {
 }
 
 impl<A: Access> Store<A> {
-    /// What the opening found and did.
+    /// Reports what the opening found and did.
     pub fn recovery(&self) -> &RecoveryReport {
         &self.inner.runtime.recovery
     }
 
     /// The most bytes that one commit may count: 4 KiB for each page written or patched, 512 bytes
-    /// for each page freed. It is `Options::txn_bytes_max`, or less where the memory or the log
+    /// for each page freed. It is `Options::txn_bytes_max`, or less if the memory or the log
     /// segments are too small for that.
     pub fn txn_bytes_max(&self) -> u64 {
         self.inner.runtime.txn_bytes_max
     }
 
-    /// What the disk was found to offer when the store was opened: the driver, and why it is not a
+    /// Reports what the disk offered when the store was opened: the driver, and why it is not a
     /// better one; direct I/O, file system, flush method.
     pub fn disk_report(&self) -> &DiskReport {
         &self.inner.runtime.report.disk
     }
 
-    /// How the store runs: driver, shards, cores, and the [disk's report](Self::disk_report).
+    /// Reports how the store runs: driver, shards, cores, and the [disk's
+    /// report](Self::disk_report).
     pub fn report(&self) -> &RuntimeReport {
         &self.inner.runtime.report
     }
 
-    /// A clone that shares this handle's pin quota.
+    /// Clones the handle; the clone shares this handle's pin quota.
     fn same_handle(&self) -> Self {
         let (access, inner, pins) = (self.access.clone(), self.inner.clone(), self.pins.clone());
         Store { access, inner, pins }
     }
 
-    /// A handle for the engine's own work, which does not count as one of a caller.
+    /// A handle for the library's own work, which does not count as a caller's.
     fn own_handle(&self) -> Store {
         let (inner, pins) = (self.inner.clone(), self.pins.another());
         Store { access: AnyThread::of_engine(), inner, pins }
@@ -220,7 +220,7 @@ impl<A: Access> Store<A> {
     }
 
     /// Submits a request to the shard that it belongs to, and awaits its reply. In a task on that
-    /// shard nothing is awaited but the reply.
+    /// shard it awaits nothing else.
     async fn ask(&self, request: Request) -> Result<Response> {
         match self.access.submit(&self.inner.runtime, None, request) {
             Ok(reply) => reply.await,
@@ -232,7 +232,7 @@ impl<A: Access> Store<A> {
         committed(self.ask(Request::Commit(commit)).await?)
     }
 
-    /// Begins a transaction. It holds nothing until it has read a page.
+    /// Begins a transaction, which holds nothing until it has read a page.
     pub fn begin(&self) -> Txn<A> {
         Txn::new(self.same_handle())
     }
@@ -241,7 +241,7 @@ impl<A: Access> Store<A> {
     /// the LSN up to which everything is durable.
     ///
     /// # Errors
-    /// `Closed`: the store is closed or has stopped after a failed write; what was buffered may be
+    /// `Closed`: the store is closed or has stopped after a failed write; buffered commits may be
     /// lost.
     pub async fn flush(&self) -> Result<Lsn> {
         match self.ask(Request::Flush).await? {
@@ -250,7 +250,7 @@ impl<A: Access> Store<A> {
         }
     }
 
-    /// Waits until the commit `lsn`, and all before it, are durable; flushes what is buffered.
+    /// Waits until the commit `lsn` and all before it are durable. Flushes what is buffered.
     ///
     /// # Errors
     /// `Invalid`: no commit has that LSN yet. `Closed` as for [`flush`](Self::flush).
@@ -258,13 +258,13 @@ impl<A: Access> Store<A> {
         self.ask(Request::WaitDurable(lsn)).await.map(drop)
     }
 
-    /// The LSN up to which everything is durable now: every commit with this LSN or a lower one.
+    /// The watermark: every commit with this LSN or a lower one is durable.
     pub fn durable_lsn(&self) -> Lsn {
         self.inner.runtime.watermark()
     }
 
     /// Writes all dirty pages and a new page map, durable on return. Recovery after a crash need
-    /// not replay the log up to the LSN returned.
+    /// not replay the log up to the returned LSN.
     ///
     /// # Errors
     /// `Closed` as for [`flush`](Self::flush).
@@ -275,17 +275,17 @@ impl<A: Access> Store<A> {
         }
     }
 
-    /// Waits until the store stops taking writes although nobody has closed it, and returns why: a
+    /// Waits until the store stops taking writes although it was not closed, and returns why: a
     /// write or a flush of the log has failed, or (`Internal`) a thread of the engine has panicked.
-    /// Reads may go on; to write, reopen the store.
+    /// Reads may still work; to write, reopen the store.
     ///
-    /// It never returns while all is well, nor once the store was closed: await it beside something
-    /// else.
+    /// It never returns while all is well, nor after the store was closed: await it together with
+    /// something else.
     pub async fn failed(&self) -> Error {
         self.inner.runtime.failed().await
     }
 
-    /// Counters since the store was opened, added up over all shards.
+    /// Counters since the store was opened, summed over all shards.
     ///
     /// # Errors
     /// `Closed`.
@@ -306,7 +306,7 @@ impl<A: Access> Store<A> {
         Ok(self.stats().await?.iops(period))
     }
 
-    /// Counters since the store was opened, of each shard in the order of their numbers.
+    /// Counters since the store was opened, for each shard in the order of their numbers.
     ///
     /// # Errors
     /// `Closed`.
@@ -339,7 +339,9 @@ fn pages(response: Response) -> Result<SmallVec<[PageRef; 1]>> {
 }
 
 fn unexpected(response: &Response) -> Error {
-    Error::internal(format_args!("a shard answered another request than was made: {response:?}"))
+    Error::internal(format_args!(
+        "a shard sent an answer that does not fit the request: {response:?}"
+    ))
 }
 
 #[cfg(test)]
@@ -348,8 +350,8 @@ mod tests {
     use super::*;
     use crate::base::{PageId, PageKey, VolumeId};
 
-    /// Told as a wrong argument or a closed store, a bug of the engine sends its users to look for
-    /// the fault in their own code.
+    /// If a bug of the engine were reported as a wrong argument or a closed store, users would look
+    /// for the fault in their own code.
     #[test]
     fn requests_and_answers_that_only_the_engine_can_get_wrong_are_internal_errors() {
         let dir = tempfile::tempdir().expect("a directory");

@@ -1,9 +1,9 @@
-//! Work on a shard's own thread: tasks, and the handle that they use the store by.
+//! Work on a shard's own thread: tasks, and the handle through which they use the store.
 //!
 //! Invariants
-//! 1. A handle lives on its shard's thread only; what a task returns must be able to leave it.
-//! 2. A task offers its handle what every handle offers. What belongs to its shard takes no hop;
-//!    pages of other shards take one each way ([`Store::shard_of`] says whose a page is).
+//! 1. A handle lives only on its shard's thread; what a task returns must be able to leave it.
+//! 2. The handle of a task offers what every handle offers. Pages of its shard take no hop; pages
+//!    of other shards take one each way ([`Store::shard_of`] tells which shard owns a page).
 
 use super::{Access, OnShard, Store, Volume};
 use crate::base::error::{Error, Result};
@@ -11,19 +11,20 @@ use crate::base::{PageId, ShardId};
 use std::future::Future;
 use std::sync::Arc;
 
-/// The store for a task that runs on the thread of a shard: all that a [`Store`] offers, and
-/// requests to that shard take no hop. [`Volume::on`] gives a volume of it.
+/// The store for a task that runs on the thread of a shard: it offers all that a [`Store`] does,
+/// and requests to that shard take no hop. [`Volume::on`] returns a volume for it.
 ///
 /// It does not leave its thread, and does not keep the store open.
 pub type ShardHandle = Store<OnShard>;
 
 impl Store<OnShard> {
-    /// The number of the shard on whose thread this is.
+    /// The number of the shard on whose thread this handle lives.
     pub fn shard(&self) -> usize {
         self.access.tasks().shard().index()
     }
 
-    /// Runs `future` as a task of its own on this thread; it goes on if the result is dropped.
+    /// Runs `future` as a task of its own on this thread. The task continues if the result is
+    /// dropped.
     ///
     /// # Errors
     /// `Closed`: the store is, or was closed before the task ended. `Busy`: the shard has 65,536
@@ -46,14 +47,14 @@ impl<A: Access> Store<A> {
         self.inner.runtime.shard_map().shards_count().into()
     }
 
-    /// The number of the shard that a page belongs to, for as long as the store is open.
+    /// The number of the shard that a page belongs to, while the store is open.
     pub fn shard_of<V: Access>(&self, volume: &Volume<V>, page: PageId) -> usize {
         self.inner.runtime.shard_map().shard_of(volume.key(page)).index()
     }
 
-    /// Runs the future that `make` returns as a task on the thread of shard `shard`. The task goes
-    /// on if the result is dropped. It must not block its thread: the shard could do nothing
-    /// meanwhile.
+    /// Runs the future that `make` returns as a task on the thread of shard `shard`. The task
+    /// continues if the result is dropped. It must not block its thread: the shard could do nothing
+    /// in the meantime.
     ///
     /// # Errors
     /// `Invalid`: there is no such shard. `Busy`: too many tasks are on their way there. `Closed`:
@@ -74,7 +75,7 @@ impl<A: Access> Store<A> {
         if shard >= self.shards_count() {
             let count = self.shards_count();
             return Err(Error::invalid(format_args!(
-                "there is no shard {shard}: the store has {count}, from 0 on"
+                "there is no shard {shard}: the store has {count}, numbered from 0"
             )));
         }
         let (pins, inner) = (self.pins.another(), Arc::clone(&self.inner));

@@ -1,5 +1,5 @@
-//! The store for callers with an event loop of their own: operations are submitted in batches, and
-//! their completions waited for, at least a given number at a time.
+//! The store for callers with an event loop of their own: they submit operations in batches, and
+//! wait for at least a given number of completions at a time.
 //!
 //! ```
 //! use corepage::queue::{Op, Output, Queue};
@@ -34,10 +34,10 @@
 //! ```
 //!
 //! Invariants
-//! 1. Each operation that was taken gives exactly one completion, in any order.
-//! 2. At most `depth` operations are taken and not handed back; more get `Busy`, and nothing was
-//!    done.
-//! 3. The descriptor is readable whenever a completion may be there that was not handed out.
+//! 1. Each accepted operation gives exactly one completion, in any order.
+//! 2. At most `depth` operations are accepted and not handed back; further ones get `Busy`, and
+//!    nothing is done.
+//! 3. The descriptor is readable whenever there may be a completion that was not handed out.
 //!
 //! Dropping a queue undoes nothing that was submitted.
 
@@ -59,17 +59,17 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
-/// The most operations of one queue.
+/// The largest depth of a queue.
 const DEPTH_MAX: usize = 1 << 16;
 
-/// An operation that callers ask for often; [`Queue::submit_call`] takes all others.
+/// A common operation; [`Queue::submit_call`] takes any other call.
 #[derive(Clone, Debug)]
 pub enum Op {
-    /// Pages of a volume, in the order given.
+    /// Reads pages of a volume, in the given order.
     Read(Volume, Vec<PageId>),
-    /// One atomic commit of changes of a volume's pages, in order.
+    /// Commits changes of a volume's pages atomically, in order.
     Commit(Volume, Vec<(PageId, Change)>, Durability),
-    /// Makes durable what the store has acknowledged before.
+    /// Makes durable everything that the store has acknowledged before.
     Flush(Store),
 }
 
@@ -84,7 +84,7 @@ impl Op {
         Op::Commit(volume.clone(), vec![(page, Change::Put(bytes.into()))], Durability::Durable)
     }
 
-    /// Writes a whole page of 4,096 bytes, ordered and visible when it completes, durable after a
+    /// Writes a whole page of 4,096 bytes: ordered and visible when it completes, durable after a
     /// flush.
     pub fn write_back(volume: &Volume, page: PageId, bytes: impl Into<Bytes>) -> Op {
         Op::Commit(volume.clone(), vec![(page, Change::Put(bytes.into()))], Durability::Buffered)
@@ -101,7 +101,7 @@ impl Op {
         Op::Commit(volume.clone(), vec![(page, Change::Free)], Durability::Durable)
     }
 
-    /// Makes durable what the store has acknowledged before.
+    /// Makes durable everything that the store has acknowledged before.
     pub fn flush(store: &Store) -> Op {
         Op::Flush(store.same_handle())
     }
@@ -120,7 +120,7 @@ impl Op {
 /// The answer to an [`Op`].
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// The pages read, in the order asked.
+    /// The pages read, in the requested order.
     Pages(Vec<PageRef>),
     /// The commit's LSN.
     Committed(Lsn),
@@ -133,12 +133,12 @@ pub enum Output {
 pub struct Completion<T = Output> {
     /// The caller's name for the operation.
     pub tag: u64,
-    /// Its answer, or its error: for an [`Op`] as of [`Volume::read_many`], [`Volume::apply`] and
-    /// [`Store::flush`].
+    /// Its answer or its error; the errors of an [`Op`] are those of [`Volume::read_many`],
+    /// [`Volume::apply`] and [`Store::flush`].
     pub result: Result<T>,
 }
 
-/// Operations under way for one caller, on volumes of any stores.
+/// Operations in flight for one caller, on volumes of any stores.
 pub struct Queue<T = Output> {
     depth: usize,
     under_way: Slab<UnderWay<T>>,
@@ -152,7 +152,7 @@ struct UnderWay<T> {
     waker: Waker,
 }
 
-/// Which operations may go on, and the descriptor that says that there are some.
+/// The operations that can make progress, and the descriptor that signals that there are some.
 struct Signal {
     ready: SegQueue<usize>,
     event: OwnedFd,
@@ -164,19 +164,19 @@ struct Signal {
 struct Raised(AtomicBool);
 
 impl Raised {
-    /// True: the caller has to make the descriptor readable.
+    /// Marks the descriptor as readable. True: the caller has to make it readable.
     fn raise(&self) -> bool {
         !self.0.swap(true, Ordering::SeqCst)
     }
 
-    /// What comes from now on raises it again; what came before is in `ready`. In this order: were
-    /// the counter taken last, it could be one that belongs to a raise just now, and no later one
-    /// would count it up again.
+    /// Whatever becomes ready from now on raises it again; what became ready before is in `ready`.
+    /// The order matters: if the counter were taken last, it could belong to a raise that has just
+    /// happened, and no later raise would increment it again.
     fn lower(&self, take_counter: impl FnOnce()) {
         if self.0.load(Ordering::SeqCst) {
             take_counter();
-            // Not a plain store: who found it raised has made something ready before, and that must
-            // be visible from here on.
+            // A swap and not a plain store: a thread that found it raised has made something ready
+            // before, which must be visible from here on.
             self.0.swap(false, Ordering::SeqCst);
         }
     }
@@ -190,7 +190,7 @@ struct Ready {
 impl Signal {
     fn raise(&self) {
         if self.raised.raise() {
-            // It can't be full: the counter is taken before it is raised again.
+            // The counter can't be full: it is taken before it is raised again.
             let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
         }
     }
@@ -214,16 +214,15 @@ impl Wake for Ready {
 }
 
 impl Queue {
-    /// A queue for [`Op`]s, of which at most `depth`, from 1 to 65,536, are in flight.
+    /// Makes a queue for [`Op`]s with at most `depth` in flight, from 1 to 65,536.
     ///
     /// # Errors
-    /// `Invalid`: the depth. `Io`: no event descriptor could be made.
+    /// `Invalid`: the depth is out of range. `Io`: no event descriptor could be created.
     pub fn new(depth: usize) -> Result<Queue> {
         Queue::for_calls(depth)
     }
 
-    /// Takes an operation; it is on its way when this returns. `tag` comes back with its
-    /// completion.
+    /// Submits an operation, which is on its way when this returns. Its completion carries `tag`.
     ///
     /// # Errors
     /// `Busy`: `depth` operations are in flight; nothing was done.
@@ -231,7 +230,7 @@ impl Queue {
         self.submit_call(tag, op.call())
     }
 
-    /// Takes operations as long as there is room; returns how many were taken.
+    /// Submits operations as long as there is room. Returns how many were submitted.
     pub fn submit_batch(&mut self, ops: impl IntoIterator<Item = (u64, Op)>) -> usize {
         let room = self.depth - self.in_flight();
         ops.into_iter().take(room).map_while(|(tag, op)| self.submit(tag, op).ok()).count()
@@ -239,8 +238,8 @@ impl Queue {
 }
 
 impl<T> Queue<T> {
-    /// A queue for calls whose answer is a `T`, of which at most `depth`, from 1 to 65,536, are in
-    /// flight.
+    /// Makes a queue for calls whose answer is a `T`, with at most `depth` in flight, from 1 to
+    /// 65,536.
     ///
     /// # Errors
     /// As [`Queue::new`].
@@ -251,18 +250,18 @@ impl<T> Queue<T> {
             )));
         }
         let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(|error| Error::io("making an event descriptor for a queue", error.into()))?;
+            .map_err(|error| Error::io("creating an event descriptor for a queue", error.into()))?;
         let signal = Arc::new(Signal { ready: SegQueue::new(), event, raised: Raised::default() });
         Ok(Queue { depth, under_way: Slab::new(), signal, done: VecDeque::new() })
     }
 
-    /// Operations taken whose completions were not handed out.
+    /// The number of submitted operations whose completions were not handed out.
     pub fn in_flight(&self) -> usize {
         self.under_way.len() + self.done.len()
     }
 
-    /// Takes any call of the library, or several of them in one future; it is polled at once, so a
-    /// single call is on its way when this returns. `tag` comes back with its completion.
+    /// Submits any call of the library, or several of them in one future. It is polled at once, so
+    /// a single call is on its way when this returns. Its completion carries `tag`.
     ///
     /// # Errors
     /// `Busy`: `depth` operations are in flight; nothing was done.
@@ -291,12 +290,12 @@ impl<T> Queue<T> {
         Ok(())
     }
 
-    /// Waits until at least `min` completions are there, or all that are in flight, or `timeout` is
-    /// over. Appends all that are there to `into`, and returns how many. With `min` 0 it does not
-    /// wait.
+    /// Waits until at least `min` operations, or all in flight, have completed, or `timeout` has
+    /// passed. Appends all completions that have arrived to `into`, and returns how many. With
+    /// `min` 0 it does not wait.
     ///
     /// # Errors
-    /// `Invalid`: it would wait on a thread that drives a shard. `Io`: waiting failed.
+    /// `Invalid`: this thread drives a shard, and would wait for itself. `Io`: waiting failed.
     pub fn wait(
         &mut self,
         min: usize,
@@ -305,7 +304,7 @@ impl<T> Queue<T> {
     ) -> Result<usize> {
         if min > 0 && runtime::is_shard_thread() {
             return Err(Error::invalid(
-                "waiting on a thread that drives a shard would wait for itself: ask with `min` 0",
+                "waiting on a thread that drives a shard would wait for itself: use `min` 0",
             ));
         }
         #[expect(clippy::disallowed_methods, reason = "how long a caller of the library waits")]
@@ -329,7 +328,7 @@ impl<T> Queue<T> {
         }
     }
 
-    /// Takes what has come.
+    /// Polls the operations that can make progress, and collects those that have completed.
     fn advance(&mut self) {
         self.signal.lower();
         while let Some(key) = self.signal.ready.pop() {
@@ -338,7 +337,7 @@ impl<T> Queue<T> {
     }
 
     fn poll_one(&mut self, key: usize) {
-        // A late wake-up may be of an operation that has ended.
+        // A late wake-up may belong to an operation that has ended.
         let Some(one) = self.under_way.get_mut(key) else { return };
         let waker = one.waker.clone();
         if let Poll::Ready(result) = one.future.as_mut().poll(&mut Context::from_waker(&waker)) {
@@ -349,8 +348,8 @@ impl<T> Queue<T> {
 }
 
 impl<T> AsFd for Queue<T> {
-    /// Readable when [`wait`](Queue::wait) may hand something out: for the caller's own `epoll` or
-    /// `poll`.
+    /// The descriptor is readable when [`wait`](Queue::wait) may have something to hand out: for
+    /// the caller's own `epoll` or `poll`.
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.signal.event.as_fd()
     }
@@ -371,7 +370,7 @@ mod loom {
     }
 
     /// Two threads make something ready and raise; the owner lowers and takes what is ready. What
-    /// it has not seen then must have made the descriptor readable, or nobody comes for it.
+    /// it has not seen by then must have made the descriptor readable, or no one collects it.
     fn holds(lower: fn(&Raised, &AtomicU32)) -> bool {
         model::holds(None, move |verdict| {
             let (zero, counter) = (|| AtomicU32::new(0), AtomicU32::new(0));
@@ -398,7 +397,7 @@ mod loom {
         })
     }
 
-    /// An operation that is done and never handed out holds its caller up for ever.
+    /// If a completed operation is never handed out, its caller waits for ever.
     #[test]
     fn loom_what_is_ready_is_seen_or_makes_the_descriptor_readable() {
         assert!(holds(|raised, counter| raised.lower(|| counter.store(0, Ordering::SeqCst))));
@@ -411,7 +410,7 @@ mod loom {
                 counter.store(0, Ordering::SeqCst);
             }
         };
-        assert!(!holds(counter_last), "the counter of a raise just now is taken");
+        assert!(!holds(counter_last), "the counter of a later raise is taken");
         let plain = |raised: &Raised, counter: &AtomicU32| {
             if raised.0.load(Ordering::SeqCst) {
                 counter.store(0, Ordering::SeqCst);

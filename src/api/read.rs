@@ -1,9 +1,10 @@
-//! Reads that are under way: each shard reads what is its own, all at once.
+//! Reads in progress: all shards read their own pages at the same time.
 //!
 //! Invariants
-//! 1. Once begun, every part is under way; dropping it lets go of what comes.
-//! 2. Pages count against the pins of the handle from before they are asked for until their last
-//!    reference is gone.
+//! 1. Once a read has begun, all its parts are in flight; if it is dropped, their results are
+//!    discarded.
+//! 2. Pages count against the pin quota of the handle from before they are requested until their
+//!    last reference is dropped.
 
 use super::access::Submit;
 use super::{Access, Store, pages};
@@ -12,28 +13,28 @@ use crate::base::error::{Error, Result};
 use crate::engine::{PageRef, PinQuota, PinReservation, Request};
 use smallvec::SmallVec;
 
-/// A read under way.
+/// A read in progress.
 pub(super) struct Reads<A: Access> {
-    /// The parts whose pages have not come.
+    /// The parts whose pages have not arrived.
     parts: SmallVec<[Part<A>; 1]>,
     found: Vec<Option<PageRef>>,
     pins: PinReservation,
 }
 
-/// Which of the pages asked for, and the reply that brings them.
+/// The positions of a part's pages in the request, and the reply that brings them.
 type Part<A> = (SmallVec<[usize; 1]>, <A as Submit>::Reply);
 
 impl<A: Access> Store<A> {
-    /// Reads one page: without a list, and in a task on the page's shard without an allocation.
+    /// Reads one page without a list and, in a task on the page's shard, without an allocation.
     pub(super) async fn read_one(&self, key: PageKey) -> Result<PageRef> {
         let mut pins = PinQuota::take(&self.pins, 1)?;
-        // As `ask`, without another future around the reply.
+        // This does what `ask` does, without another future around the reply.
         let (runtime, request) = (&self.inner.runtime, Request::Read(SmallVec::from_buf([key])));
         let read = match self.access.submit(runtime, None, request) {
             Ok(reply) => reply.await?,
             Err((shard, request)) => runtime.submit_to(shard, request).await?.await?,
         };
-        let page = pages(read)?.pop().ok_or_else(|| Error::internal("a read gave no page"))?;
+        let page = pages(read)?.pop().ok_or_else(|| Error::internal("a read returned no page"))?;
         Ok(page.counted(&mut pins))
     }
 
@@ -41,7 +42,7 @@ impl<A: Access> Store<A> {
         self.begin_read(keys).await?.finish().await
     }
 
-    /// Asks for pages; once this returns, all parts are on their way.
+    /// Requests pages. Once this returns, all parts are on their way.
     pub(super) async fn begin_read(&self, keys: &[PageKey]) -> Result<Reads<A>> {
         let pins = PinQuota::take(&self.pins, keys.len())?;
         let (most, shard_map) = (self.inner.read_pages, self.inner.runtime.shard_map());
@@ -67,10 +68,10 @@ impl<A: Access> Store<A> {
 }
 
 impl<A: Access> Reads<A> {
-    /// Waits for all pages. If it is dropped and called again it goes on where it was.
+    /// Waits for all pages. If it is dropped and called again, it continues where it was.
     ///
     /// # Errors
-    /// Of a part; the read is of no use any more.
+    /// Those of the first part that fails; the read can't be used any more.
     pub(super) async fn wait(&mut self) -> Result<()> {
         while let Some((_, reply)) = self.parts.last_mut() {
             let result = reply.await;
@@ -82,15 +83,15 @@ impl<A: Access> Reads<A> {
         Ok(())
     }
 
-    /// The pages, in the order asked.
+    /// Waits for the pages and returns them, in the requested order.
     pub(super) async fn finish(mut self) -> Result<Vec<PageRef>> {
         self.wait().await?;
         self.into_pages()
     }
 
-    /// The same, once they are there.
+    /// Returns the pages, once all have arrived.
     pub(super) fn into_pages(self) -> Result<Vec<PageRef>> {
         let all = self.found.into_iter().collect::<Option<_>>();
-        all.ok_or_else(|| Error::internal("a read gave fewer pages than asked for"))
+        all.ok_or_else(|| Error::internal("a read returned fewer pages than requested"))
     }
 }

@@ -1,13 +1,13 @@
-//! Reading pages in order, with the next ones on their way already.
+//! Reads pages in order, with the next ones already on their way.
 //!
 //! Invariants
-//! 1. Pages come in order of their ids, each once; what is not allocated is passed over without a
-//!    read.
-//! 2. A bounded number of reads is under way: [`AHEAD`] batches.
-//! 3. A call of [`Scan::next`] that is dropped loses nothing: what it has taken out of one place
-//!    stands in another before it waits.
-//! 4. Each page is the newest version of its own moment. A page written after the scan has passed
-//!    it, or freed before it is there, is not seen.
+//! 1. Pages come in the order of their ids, each once; pages that are not allocated are skipped
+//!    without a read.
+//! 2. A bounded number of reads is in flight: [`AHEAD`] batches.
+//! 3. Dropping a call of [`Scan::next`] loses nothing: what it has taken out of one place is in
+//!    another before it waits.
+//! 4. Each page is the newest version at a moment of its own. A page that is written after the scan
+//!    has passed it, or freed before it is read, is not seen.
 
 use super::read::Reads;
 use super::space::Look;
@@ -17,11 +17,11 @@ use crate::base::{Lsn, PageId, PageKey};
 use crate::engine::PageRef;
 use std::collections::VecDeque;
 
-/// Pages of a batch.
+/// Pages in a batch.
 const BATCH: usize = 64;
-/// Batches under way or read and not yet taken: with 64 pages each 2 MiB.
+/// Batches in flight, or read and not yet taken: 2 MiB at 64 pages each.
 const AHEAD: usize = 8;
-/// Ranges asked for at a time.
+/// Ranges that are requested at a time.
 const RANGES: usize = 256;
 
 /// Reads the pages of a volume in order; made by [`Volume::scan`].
@@ -29,25 +29,25 @@ const RANGES: usize = 256;
 pub struct Scan<A: Access = AnyThread> {
     volume: Volume<A>,
     last: PageId,
-    /// Where the map is to be looked at next.
+    /// Where the next lookup of allocated ranges begins; `None` if there is no more.
     next: Option<PageId>,
-    /// A look at it, under way.
+    /// A lookup in progress.
     look: Option<Look<A>>,
-    /// Known to be allocated, and not asked for yet.
+    /// Ranges that are known to be allocated and not requested yet.
     ranges: VecDeque<(PageId, PageId)>,
-    /// The next batch, not asked for yet.
+    /// The next batch, which is not requested yet.
     ids: Vec<PageId>,
     batches: VecDeque<(Vec<PageId>, Reads<A>)>,
-    /// Of the batch that is being handed out.
+    /// Pages of the batch that is being handed out.
     pages: VecDeque<(PageId, PageRef)>,
     lsn: Lsn,
 }
 
 impl<A: Access> Volume<A> {
-    /// Reads the allocated pages from `first` to `last` in order, ahead of what is taken. It is no
-    /// snapshot: each page is the newest version at the moment at which it was read, up to 512
-    /// pages before it is handed out; durable or not ([`Scan::lsn`] tells which, of pages that are
-    /// missing too).
+    /// Reads the allocated pages from `first` to `last` in order, ahead of the caller. A scan is
+    /// not a snapshot: each page is the newest version at the moment when it was read, up to 512
+    /// pages before it is handed out, durable or not ([`Scan::lsn`] tells which, for missing pages
+    /// too).
     pub fn scan(&self, first: PageId, last: PageId) -> Scan<A> {
         let next = (first <= last).then_some(first);
         let (ranges, ids, batches, pages, lsn) = Default::default();
@@ -56,7 +56,7 @@ impl<A: Access> Volume<A> {
 }
 
 impl<A: Access> Scan<A> {
-    /// Returns the next page, or `None` at the end. After an error the scan goes on behind the
+    /// Returns the next page, or `None` at the end. After an error the scan continues after the
     /// pages that could not be read. Dropping the future loses no page.
     ///
     /// # Errors
@@ -71,20 +71,20 @@ impl<A: Access> Scan<A> {
             let result = reads.wait().await;
             let Some((ids, reads)) = self.batches.pop_front() else { return Ok(None) };
             let pages = result.and_then(|()| reads.into_pages())?;
-            // Also of those that were freed before they were there: they are not handed out.
+            // This includes pages that were freed before they were read, which are not handed out.
             self.lsn = pages.iter().map(PageRef::lsn).fold(self.lsn, Lsn::max);
             self.pages = ids.into_iter().zip(pages).filter(|(_, page)| !page.is_absent()).collect();
         }
     }
 
-    /// The LSN up to which the store must be durable for what the scan has returned to be durable,
-    /// and for the frees of pages that it has passed over: [`Store::wait_durable`] waits for it. It
-    /// grows as the scan goes on.
+    /// Once the store is durable up to this LSN, so is everything that the scan has returned, and
+    /// the frees of pages that it has skipped: [`Store::wait_durable`] waits for it. It grows as
+    /// the scan proceeds.
     pub fn lsn(&self) -> Lsn {
         self.lsn
     }
 
-    /// Nothing comes any more.
+    /// Ends the scan: it returns no more pages.
     pub(super) fn end(&mut self) {
         self.next = None;
         self.look = None;
@@ -105,7 +105,7 @@ impl<A: Access> Scan<A> {
             if begun.as_ref().is_err_and(|error| error.kind() == ErrorKind::Busy)
                 && !self.batches.is_empty()
             {
-                // As far as the pins go.
+                // The pin quota allows no more reads for now.
                 return Ok(());
             }
             let ids = std::mem::take(&mut self.ids);
@@ -135,7 +135,7 @@ impl<A: Access> Scan<A> {
         Ok(())
     }
 
-    /// Looks at more of the map; false at its end.
+    /// Looks up more allocated ranges; false at the end.
     async fn look_on(&mut self) -> Result<bool> {
         if self.look.is_none()
             && let Some(next) = self.next

@@ -1,10 +1,10 @@
-//! Which pages of a volume there are, and freeing many at once.
+//! Tells which pages of a volume are stored, and frees many at once.
 //!
 //! Invariants
-//! 1. Only what is allocated is freed: a huge sparse range costs what is in it, and a look at the
-//!    page map.
-//! 2. Each commit frees pages of one run, so of one shard; a bounded number of them is under way,
-//!    fewer when the store is busy. One that the store finds too large is divided.
+//! 1. Only allocated pages are freed: a huge sparse range costs as much as its allocated pages, and
+//!    a lookup in the page map.
+//! 2. Each commit frees pages of one run, and so of one shard; a bounded number of commits is in
+//!    flight, fewer when the store is busy. One that the store finds too large is divided.
 
 use super::{Access, Store, Volume, committed, unexpected};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -14,11 +14,11 @@ use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::ops::RangeInclusive;
 
-/// Ranges asked for at a time.
+/// Ranges that are requested at a time.
 const RANGES: usize = 1024;
-/// Commits under way at a time.
+/// The most commits in flight at a time.
 const COMMITS: usize = 32;
-/// What the store counts for a freed page against `txn_bytes_max`.
+/// The bytes that a freed page counts against `txn_bytes_max`.
 const FREE_BYTES: u64 = 512;
 
 /// Ranges of the pages that are stored in a volume, from [`Volume::allocated`].
@@ -26,14 +26,14 @@ const FREE_BYTES: u64 = 512;
 pub struct Allocated {
     /// The first and the last page of each range, in order. No page between two ranges is stored.
     pub ranges: Vec<(PageId, PageId)>,
-    /// The page to go on with; `None` if these are all ranges that were asked for.
+    /// The page to continue with; `None` if these are all ranges in the requested one.
     pub next: Option<PageId>,
-    /// The LSN up to which the store must be durable for this answer to be durable: for the writes
-    /// of the pages found, and for the frees of those that are missing. Zero if it is already.
+    /// Once the store is durable up to this LSN, so is this answer: the writes of the pages found,
+    /// and the frees of those that are missing. Zero if it already is.
     pub lsn: Lsn,
 }
 
-/// A look at what is allocated, under way.
+/// A lookup of allocated pages in progress.
 pub(super) struct Look<A: Access> {
     replies: Vec<A::Reply>,
     ranges: Vec<(PageId, PageId)>,
@@ -42,7 +42,7 @@ pub(super) struct Look<A: Access> {
 }
 
 impl<A: Access> Look<A> {
-    /// Waits for all shards. If it is dropped and called again it goes on where it was.
+    /// Waits for all shards. If it is dropped and called again, it continues where it was.
     pub(super) async fn wait(&mut self) -> Result<()> {
         while let Some(reply) = self.replies.last_mut() {
             let result = reply.await;
@@ -59,7 +59,7 @@ impl<A: Access> Look<A> {
         Ok(())
     }
 
-    /// What was found.
+    /// Returns what was found.
     pub(super) fn into_allocated(mut self) -> Allocated {
         self.ranges.sort_unstable();
         Allocated { ranges: joined(self.ranges, self.next), next: self.next, lsn: self.lsn }
@@ -67,15 +67,15 @@ impl<A: Access> Look<A> {
 }
 
 impl<A: Access> Volume<A> {
-    /// The pages from `first` to `last` that were written and not freed, as ranges: about
-    /// `ranges_max` of them, or less where much is looked at; [`Allocated::next`] says where to go
-    /// on. Each page counts as a reader would have found it at one moment during the call, durable
-    /// or not ([`Allocated::lsn`] tells which). Takes no pages into memory; what was never written
-    /// costs next to nothing.
+    /// Returns the pages from `first` to `last` that were written and not freed, as ranges: about
+    /// `ranges_max` of them, or fewer if much of the map has to be searched; [`Allocated::next`]
+    /// says where to continue. Each page counts as a reader would have found it at some moment
+    /// during the call, durable or not ([`Allocated::lsn`] tells which). Reads no pages into
+    /// memory; pages that were never written cost next to nothing.
     ///
     /// # Errors
-    /// `Corrupt`, `Io`: of the page map. `NotFound`: the volume was deleted. `Busy`: no memory is
-    /// free. `Closed`.
+    /// `Corrupt`, `Io`: the page map can't be read. `NotFound`: the volume was deleted. `Busy`: no
+    /// memory is free. `Closed`.
     pub async fn allocated(
         &self,
         first: PageId,
@@ -87,11 +87,12 @@ impl<A: Access> Volume<A> {
     }
 
     /// Frees all pages from `first` to `last`, in many commits: visible on return, durable after a
-    /// later [`Store::flush`]. What is not allocated costs next to nothing. Pages written meanwhile
-    /// may be freed or not.
+    /// later [`Store::flush`]. Pages that are not allocated cost next to nothing. Pages that are
+    /// written in the meantime may or may not be freed.
     ///
     /// # Errors
-    /// As [`allocated`](Self::allocated) and [`Volume::free`]; some of the pages may be freed then.
+    /// As [`allocated`](Self::allocated) and [`Volume::free`]; some of the pages may have been
+    /// freed.
     pub async fn free_range(&self, first: PageId, last: PageId) -> Result<()> {
         self.check()?;
         self.store().free_pages(self.id(), first, last).await
@@ -111,7 +112,7 @@ impl<A: Access> Store<A> {
         Ok(look.into_allocated())
     }
 
-    /// Asks all shards what is allocated in a range.
+    /// Asks all shards which pages are allocated in a range.
     pub(super) async fn begin_look(
         &self,
         volume: VolumeId,
@@ -130,7 +131,7 @@ impl<A: Access> Store<A> {
         Ok(look)
     }
 
-    /// Frees what is allocated in a range.
+    /// Frees the allocated pages in a range.
     pub(super) async fn free_pages(
         &self,
         volume: VolumeId,
@@ -144,8 +145,8 @@ impl<A: Access> Store<A> {
         Ok(())
     }
 
-    /// Frees a bounded part of it; where to go on. On return none of its commits is under way any
-    /// more, also after an error: a page that is written afterwards stays written.
+    /// Frees a bounded part of a range. Returns where to continue. On return none of its commits is
+    /// in flight, even after an error, so a page that is written afterwards stays written.
     pub(super) async fn free_some(
         &self,
         volume: VolumeId,
@@ -175,7 +176,7 @@ impl<A: Access> Store<A> {
     }
 }
 
-/// Pages that one commit frees.
+/// The pages that one commit frees.
 type Part = SmallVec<[RangeInclusive<u64>; 1]>;
 
 fn frees(volume: VolumeId, part: &Part) -> Commit {
@@ -187,18 +188,18 @@ fn frees(volume: VolumeId, part: &Part) -> Commit {
     }
 }
 
-/// What is left to be freed, and how.
+/// The parts that are left to be freed, and how to free them.
 struct Parts {
     waiting: VecDeque<Part>,
-    /// Commits under way at a time: fewer while the store is busy.
+    /// Commits in flight at a time: fewer while the store is busy.
     width: usize,
-    /// Ends it, once all that is under way has ended.
+    /// The error that ends it, once all commits in flight have ended.
     failed: Option<Error>,
 }
 
 impl Parts {
-    /// A part was refused. One that is too large is divided; one that the store was too busy for
-    /// goes on with less beside it, and in the end `alone`.
+    /// Handles a refused part. One that is too large is divided; one that the store was too busy
+    /// for is retried with fewer others in flight, and in the end `alone`.
     fn refused(&mut self, part: Part, error: Error, alone: bool) {
         match error.kind() {
             ErrorKind::TooLarge if pages_count(&part) > 1 && self.failed.is_none() => {
@@ -224,7 +225,7 @@ fn pages_count(part: &Part) -> u64 {
     part.iter().map(|range| range.end() - range.start() + 1).sum()
 }
 
-/// Two parts with half of the pages each, of one with at least two.
+/// Divides a part of at least two pages into two with half of the pages each.
 fn halves(part: Part) -> (Part, Part) {
     let (mut front, mut back, mut room) = (Part::new(), Part::new(), pages_count(&part) / 2);
     for range in part {
@@ -241,7 +242,7 @@ fn halves(part: Part) -> (Part, Part) {
     (front, back)
 }
 
-/// Ranges in parts of at most `most` pages, each within one run.
+/// Divides ranges into parts of at most `most` pages, each within one run.
 fn by_run(ranges: &[(PageId, PageId)], most: u64) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
     let (mut run, mut room) = (None, 0);
@@ -261,7 +262,7 @@ fn by_run(ranges: &[(PageId, PageId)], most: u64) -> Vec<Part> {
     parts
 }
 
-/// Ranges in order, cut off before `next`, neighbours made one.
+/// Sorts ranges, cuts them off before `next`, and merges adjacent ones.
 fn joined(ranges: Vec<(PageId, PageId)>, next: Option<PageId>) -> Vec<(PageId, PageId)> {
     let mut out: Vec<(PageId, PageId)> = Vec::with_capacity(ranges.len());
     for (first, last) in ranges {
@@ -290,8 +291,8 @@ mod tests {
         Error::new(kind, "planted")
     }
 
-    /// A part left out is space that nobody ever gets back; one that is never small enough ends a
-    /// deletion for good.
+    /// If a part is left out, its space is lost for good; if one is never small enough, a deletion
+    /// never ends.
     #[test]
     fn a_part_that_is_too_large_is_divided_down_to_single_pages_and_loses_none() {
         let whole: Part = SmallVec::from_vec(vec![3..=3, 10..=14, 20..=21]);
@@ -314,7 +315,7 @@ mod tests {
         );
     }
 
-    /// Without an end to this a request of a client spins in a store that has no memory.
+    /// Without a limit a client's request would spin in a store that has no memory.
     #[test]
     fn a_part_that_the_store_is_too_busy_for_is_tried_again_with_less_beside_it_and_at_last_alone()
     {

@@ -1,9 +1,9 @@
-//! Transactions: optimistic, validated at commit, serializable.
+//! Transactions: they are optimistic, validated at commit, and serializable.
 //!
 //! Invariants
-//! 1. Each page is read from the store once: what a transaction sees does not change under it.
+//! 1. Each page is read from the store once, so what a transaction sees does not change under it.
 //! 2. It sees its own changes.
-//! 3. Nothing leaves it before `commit`; dropping it before costs nothing.
+//! 3. Nothing leaves it before `commit`; dropping it earlier costs nothing.
 
 use super::{Access, AnyThread, OnShard, Store, Volume};
 use crate::base::error::{Error, Result};
@@ -16,9 +16,9 @@ use std::ops::Deref;
 /// A page as a transaction sees it. Dereferences to its 4,096 bytes.
 #[derive(Clone, Debug)]
 pub enum PageView {
-    /// As in the store, without a copy.
+    /// The page as it is in the store, without a copy.
     Stored(PageRef),
-    /// With the transaction's own changes.
+    /// A copy of the page with the transaction's own changes.
     Changed(Vec<u8>),
 }
 
@@ -32,7 +32,7 @@ impl Deref for PageView {
     }
 }
 
-/// What a transaction has read and is to change.
+/// What a transaction has read and will change.
 #[derive(Default)]
 struct Work {
     reads: HashMap<PageKey, PageRef, foldhash::fast::FixedState>,
@@ -40,13 +40,13 @@ struct Work {
 }
 
 impl Work {
-    /// Its own changes of a page, in order. Not to be held over an await: the future could not move
-    /// between threads.
+    /// Its own changes of a page, in order. The iterator must not be held across an await: the
+    /// future could not move between threads.
     fn own(&self, key: PageKey) -> impl Iterator<Item = &Change> {
         self.changes.iter().filter(move |(changed, _)| *changed == key).map(|(_, change)| change)
     }
 
-    /// Whether the transaction has replaced the page whole: then it needs not be read.
+    /// Whether the transaction has replaced the whole page, so that it need not be read.
     fn has_replaced(&self, key: PageKey) -> bool {
         matches!(self.own(key).next(), Some(Change::Put(_) | Change::Free))
     }
@@ -55,7 +55,7 @@ impl Work {
         !self.has_replaced(key) && !self.reads.contains_key(&key)
     }
 
-    /// The page as the transaction sees it, once it is read if it must be.
+    /// The page as the transaction sees it. If the page has to be read, it must have been.
     fn view(&self, key: PageKey) -> PageView {
         let stored = if self.has_replaced(key) { None } else { self.reads.get(&key) };
         let mut own = self.own(key).peekable();
@@ -74,7 +74,7 @@ impl Work {
             Change::Put(bytes) if bytes.len() != BLOCK => {
                 let (len, page) = (bytes.len(), key.page);
                 return Err(Error::invalid(format_args!(
-                    "{len} bytes given for {page:?}, a page has {BLOCK}"
+                    "{len} bytes given for {page:?}, but a page has {BLOCK}"
                 )));
             }
             Change::Patch { offset, bytes }
@@ -102,8 +102,8 @@ impl Work {
 
 /// A transaction over any pages of any volumes of one store.
 ///
-/// In a task on a shard ([`ShardTxn`]) pages of that shard are read without a hop. Volumes may be
-/// of any handle of the store.
+/// In a task on a shard ([`ShardTxn`]), pages of that shard are read without a hop. The volumes may
+/// come from any handle of the store.
 #[must_use = "a transaction does nothing until it is committed"]
 pub struct Txn<A: Access = AnyThread> {
     store: Store<A>,
@@ -131,11 +131,12 @@ impl<A: Access> Txn<A> {
         Ok(self.work.view(key))
     }
 
-    /// Reads several pages as this transaction sees them and returns them in the order asked. Those
-    /// that it has not read yet are read at the same time, and pinned until the transaction ends.
+    /// Reads several pages as this transaction sees them and returns them in the requested order.
+    /// Those that it has not read yet are read at the same time, and pinned until the transaction
+    /// ends.
     ///
     /// # Errors
-    /// As [`read`](Self::read), of the first page that fails.
+    /// As [`read`](Self::read), for the first page that fails.
     pub async fn read_many<V: Access>(
         &mut self,
         volume: &Volume<V>,
@@ -152,10 +153,10 @@ impl<A: Access> Txn<A> {
         Ok(keys.into_iter().map(|key| self.work.view(key)).collect())
     }
 
-    /// Replaces a page by exactly 4,096 bytes, when the transaction commits.
+    /// Replaces a page with exactly 4,096 bytes when the transaction commits.
     ///
     /// # Errors
-    /// `Invalid`: another length, or a volume of another store.
+    /// `Invalid`: the length is wrong, or the volume belongs to another store.
     pub fn write<V: Access>(
         &mut self,
         volume: &Volume<V>,
@@ -165,10 +166,11 @@ impl<A: Access> Txn<A> {
         self.change(volume, page, Change::Put(bytes.into()))
     }
 
-    /// Replaces the bytes of a page from byte `offset` on, when the transaction commits.
+    /// Replaces the bytes of a page from byte `offset` on when the transaction commits.
     ///
     /// # Errors
-    /// `Invalid`: no bytes, they do not fit into the page, or a volume of another store.
+    /// `Invalid`: there are no bytes, they do not fit into the page, or the volume belongs to
+    /// another store.
     pub fn patch<V: Access>(
         &mut self,
         volume: &Volume<V>,
@@ -179,15 +181,15 @@ impl<A: Access> Txn<A> {
         self.change(volume, page, Change::Patch { offset, bytes: bytes.into() })
     }
 
-    /// Frees a page, when the transaction commits.
+    /// Frees a page when the transaction commits.
     ///
     /// # Errors
-    /// `Invalid`: a volume of another store.
+    /// `Invalid`: the volume belongs to another store.
     pub fn free<V: Access>(&mut self, volume: &Volume<V>, page: PageId) -> Result<()> {
         self.change(volume, page, Change::Free)
     }
 
-    /// Makes any change of a page, when the transaction commits.
+    /// Makes any change to a page when the transaction commits.
     ///
     /// # Errors
     /// As [`write`](Self::write), [`patch`](Self::patch) and [`free`](Self::free).
@@ -205,14 +207,14 @@ impl<A: Access> Txn<A> {
         Ok(volume.key(page))
     }
 
-    /// Commits all changes or none, if nothing that was read has changed since. On return the
-    /// commit is durable, and so is everything that was read. Returns the commit's LSN; without
-    /// changes the highest LSN that was read.
+    /// Commits all changes, if nothing that was read has changed since, else none. On return the
+    /// commit is durable, and so is everything that was read. Returns the commit's LSN or, without
+    /// changes, the highest LSN that was read.
     ///
     /// # Errors
     /// `Conflict`: something that was read has changed; begin a new transaction. `TooLarge`,
     /// `Full`, `Busy`: nothing was done. `OutcomeUnknown`: the device failed while the commit was
-    /// on its way; reopen and look.
+    /// on its way; reopen the store and check.
     pub async fn commit(self) -> Result<Lsn> {
         self.store.commit(self.work.into_commit()).await
     }

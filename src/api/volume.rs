@@ -1,4 +1,4 @@
-//! A volume: a sparse space of pages with a name.
+//! Volumes: each is a named, sparse array of pages.
 
 use super::{Access, AnyThread, Store};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -12,19 +12,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Durability {
-    /// When it is durable, and everything before it.
+    /// When the commit and everything before it are durable.
     Durable,
-    /// As soon as it has its LSN and everybody sees it; it is durable after a later flush at the
-    /// latest.
+    /// As soon as the commit has its LSN and is visible to all; it is durable after a later flush
+    /// at the latest.
     Buffered,
 }
 
-/// What all handles to a volume share.
+/// The state that all handles to a volume share.
 #[derive(Debug, Default)]
 pub(super) struct VolumeState {
     bytes: AtomicU64,
     deleted: AtomicBool,
-    /// The version of the record that `bytes` is of.
+    /// The version of the record that `bytes` comes from.
     lsn: Mutex<Lsn>,
 }
 
@@ -37,7 +37,7 @@ impl VolumeState {
         self.deleted.load(Ordering::Acquire)
     }
 
-    /// The record of version `lsn` says so; a newer one may have been heard of.
+    /// Takes over the record of version `lsn`, unless a newer one is already known.
     pub(super) fn learn(&self, lsn: Lsn, volume: &catalog::Volume) {
         let mut known = self.lsn.lock().unwrap_or_else(PoisonError::into_inner);
         if lsn >= *known {
@@ -76,18 +76,18 @@ impl<A: Access> Volume<A> {
         Volume { store, id, name: name.into(), shared }
     }
 
-    /// The same volume through another handle of its store: a clone with a pin quota of its own, or
-    /// the handle of a shard, whose task then reaches the pages of its shard without a hop.
+    /// Returns the same volume through another handle of its store: a clone with a pin quota of its
+    /// own, or the handle of a shard, whose task then reaches the pages of its shard without a hop.
     ///
     /// # Errors
-    /// `Invalid`: the handle is of another store. `NotFound`: the volume was deleted.
+    /// `Invalid`: the handle belongs to another store. `NotFound`: the volume was deleted.
     pub fn on<B: Access>(&self, store: &Store<B>) -> Result<Volume<B>> {
         self.check_of(store)?;
         let (id, name, shared) = (self.id, self.name.clone(), self.shared.clone());
         Ok(Volume { store: store.same_handle(), id, name, shared })
     }
 
-    /// Whether it is still there, and of this store.
+    /// Checks that the volume still exists and belongs to this store.
     pub(super) fn check_of<B: Access>(&self, store: &Store<B>) -> Result<()> {
         if !Arc::ptr_eq(&store.inner, &self.store.inner) {
             return Err(Error::invalid(format_args!(
@@ -98,7 +98,7 @@ impl<A: Access> Volume<A> {
         self.check()
     }
 
-    /// Whether it is still there.
+    /// Checks that the volume still exists.
     pub(super) fn check(&self) -> Result<()> {
         if self.shared.is_deleted() {
             return Err(Error::new(
@@ -125,7 +125,7 @@ impl<A: Access> Volume<A> {
         self.shared.bytes()
     }
 
-    /// The store it belongs to.
+    /// The store that it belongs to.
     pub fn store(&self) -> &Store<A> {
         &self.store
     }
@@ -135,7 +135,7 @@ impl<A: Access> Volume<A> {
     }
 
     /// Reads the newest version of a page, which may not be durable yet: [`PageRef::lsn`] is the
-    /// LSN to wait for, also if the page was freed.
+    /// LSN to wait for, even if the page was freed.
     ///
     /// # Errors
     /// `Corrupt`: the bytes on the device are not those that were written. `Io`: they can't be
@@ -146,30 +146,30 @@ impl<A: Access> Volume<A> {
         self.store.read_one(self.key(page)).await
     }
 
-    /// Reads several pages and returns them in the order asked. Neighbours on the device are read
-    /// together. Each page is the newest version at a moment of its own: to read several pages of
-    /// one state, use a transaction.
+    /// Reads several pages and returns them in the requested order. Pages that are adjacent on the
+    /// device are read together. Each page is the newest version at a moment of its own: to read
+    /// several pages of one state, use a transaction.
     ///
     /// # Errors
-    /// As [`read`](Self::read), of the first page that fails.
+    /// As [`read`](Self::read), for the first page that fails.
     pub async fn read_many(&self, pages: &[PageId]) -> Result<Vec<PageRef>> {
         self.check()?;
         let keys: Vec<PageKey> = pages.iter().map(|page| self.key(*page)).collect();
         self.store.read(&keys).await
     }
 
-    /// Writes a whole page of 4,096 bytes; durable on return. Returns the commit's LSN.
+    /// Writes a whole page of 4,096 bytes, durable on return. Returns the commit's LSN.
     ///
     /// # Errors
-    /// `Invalid`: another length. `Full`: no space; nothing was done. `OutcomeUnknown`: the device
-    /// failed while the commit was on its way; reopen and look. `Closed`.
+    /// `Invalid`: the length is wrong. `Full`: no space; nothing was done. `OutcomeUnknown`: the
+    /// device failed while the commit was on its way; reopen the store and check. `Closed`.
     pub async fn write(&self, page: PageId, bytes: impl Into<Bytes>) -> Result<Lsn> {
         self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Durable).await
     }
 
-    /// Writes a whole page of 4,096 bytes. On return it has its LSN and everybody sees it; it is
-    /// durable after a later [`Store::flush`]. Of repeated writes of a page within
-    /// `Options::coalesce_window_us` only the last reaches the data file.
+    /// Writes a whole page of 4,096 bytes. On return the write has its LSN and is visible to all;
+    /// it is durable after a later [`Store::flush`]. If a page is written repeatedly within
+    /// `Options::coalesce_window_us`, only the last version reaches the data file.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -177,26 +177,27 @@ impl<A: Access> Volume<A> {
         self.apply(vec![(page, Change::Put(bytes.into()))], Durability::Buffered).await
     }
 
-    /// Writes several pages as one commit: all or none; durable on return.
+    /// Writes several pages as one commit, all or none, durable on return.
     ///
     /// # Errors
-    /// As [`write`](Self::write), and `TooLarge` beyond `txn_bytes_max`.
+    /// As [`write`](Self::write); `TooLarge` beyond `txn_bytes_max`.
     pub async fn write_many(&self, pages: Vec<(PageId, Bytes)>) -> Result<Lsn> {
         let changes = pages.into_iter().map(|(page, bytes)| (page, Change::Put(bytes))).collect();
         self.apply(changes, Durability::Durable).await
     }
 
-    /// Writes `bytes` at byte `offset` of a page; durable on return. Only these bytes go through
+    /// Writes `bytes` at byte `offset` of a page, durable on return. Only these bytes go through
     /// the log.
     ///
     /// # Errors
-    /// `Invalid`: no bytes, or they do not fit into the page. Else as [`write`](Self::write).
+    /// `Invalid`: there are no bytes, or they do not fit into the page. Else as
+    /// [`write`](Self::write).
     pub async fn patch(&self, page: PageId, offset: u32, bytes: impl Into<Bytes>) -> Result<Lsn> {
         self.apply(vec![(page, Change::Patch { offset, bytes: bytes.into() })], Durability::Durable)
             .await
     }
 
-    /// Frees a page, so that it reads as zeros and takes no space; durable on return.
+    /// Frees a page, so that it reads as zeros and takes no space, durable on return.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -204,7 +205,7 @@ impl<A: Access> Volume<A> {
         self.apply(vec![(page, Change::Free)], Durability::Durable).await
     }
 
-    /// Applies changes of pages of this volume in order, as one commit: all or none.
+    /// Applies changes to pages of this volume in order, as one commit, all or none.
     ///
     /// # Errors
     /// As [`write_many`](Self::write_many) and [`patch`](Self::patch).

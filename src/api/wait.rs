@@ -1,4 +1,4 @@
-//! Waiting for futures on a plain thread.
+//! Waits for futures on a plain thread.
 
 use crossbeam::sync::{Parker, Unparker};
 use std::cell::Cell;
@@ -20,7 +20,7 @@ impl Wake for Unparks {
 }
 
 thread_local! {
-    /// Kept from one call to the next, so that a call allocates nothing.
+    /// A parker that is kept from one call to the next, so that a call allocates nothing.
     static KEPT: Cell<Option<(Parker, Waker)>> = const { Cell::new(None) };
 }
 
@@ -82,7 +82,7 @@ mod tests {
         assert_eq!(polls, 2);
     }
 
-    /// A thread that sleeps through a wake-up from another one hangs its caller.
+    /// If a thread sleeps through a wake-up from another one, its caller hangs.
     #[test]
     fn other_threads_wake_it() {
         let event = Event::new();
