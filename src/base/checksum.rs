@@ -1,4 +1,4 @@
-//! CRC-32C (Castagnoli, RFC 3720 appendix B.4): the one checksum of everything that is stored.
+//! CRC-32C (Castagnoli, RFC 3720 appendix B.4): the checksum of everything that is stored.
 //!
 //! Invariants
 //! 1. The checksum depends on the bytes alone: not on the machine, the implementation chosen,
@@ -8,16 +8,16 @@
 //!
 //! Two crates share the work. `crc-fast` folds with carry-less multiplication and wins on pages;
 //! `crc32c` uses the CRC instruction and costs less to start. Both fall back to tables where the
-//! instructions are missing. Without the feature `crc-fast` there is only the second, which takes
+//! instructions are missing. Without the feature `crc-fast` only the second is used, which takes
 //! about twice as long for a page.
 //!
-//! It does *not*: protect against an adversary, or correct anything.
+//! It does *not* protect against an adversary, or correct errors.
 
-/// Bytes from which folding is used. Measured on an x86-64 with AVX-512: alike below 128 bytes, 7
-/// against 12 ns at 128, 103 against 192 ns at 4,096.
+/// The length from which folding is used. Measured on an x86-64 with AVX-512: equally fast below
+/// 128 bytes, 7 against 12 ns at 128, 103 against 192 ns at 4,096.
 const FOLD_BYTES_MIN: usize = 128;
 
-/// Sums by folding.
+/// Computes checksums by folding.
 #[cfg(feature = "crc-fast")]
 mod fold {
     use std::sync::LazyLock;
@@ -49,7 +49,7 @@ mod fold {
     }
 }
 
-/// What stands in for folding where it was left out of the build.
+/// Replaces folding where it was left out of the build.
 #[cfg(not(feature = "crc-fast"))]
 mod fold {
     pub(super) use crc32c::{crc32c, crc32c_append};
@@ -73,8 +73,8 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
     }
 }
 
-/// The checksum of what `crc` is the checksum of, followed by `bytes`. The checksum of nothing is
-/// 0.
+/// Extends `crc`, the checksum of some bytes, to the checksum of these bytes followed by `bytes`.
+/// The checksum of no bytes is 0.
 #[inline]
 pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     if bytes.len() >= FOLD_BYTES_MIN && fold::works() {
@@ -84,7 +84,7 @@ pub fn crc32c_append(crc: u32, bytes: &[u8]) -> u32 {
     }
 }
 
-/// How checksums are computed on this machine, for reports: for pages, and for short pieces.
+/// Describes, for reports, how this machine computes checksums of pages and of short pieces.
 pub fn implementation() -> String {
     let short = if has_crc_instruction() { "crc instruction" } else { "tables" };
     if fold::works() {
@@ -108,7 +108,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// One bit at a time, straight from the definition.
+    /// Computes the checksum bit by bit, straight from the definition.
     fn reference(bytes: &[u8]) -> u32 {
         let step = |crc: u32, _| if crc & 1 == 1 { (crc >> 1) ^ 0x82f6_3b78 } else { crc >> 1 };
         !bytes.iter().fold(!0u32, |crc, byte| (0..8).fold(crc ^ u32::from(*byte), step))
@@ -131,8 +131,7 @@ mod tests {
         assert_eq!(crc32c(b""), 0);
     }
 
-    /// A checksum that changed with the length class would make good pages look damaged after an
-    /// update.
+    /// If the implementations disagreed, good pages would look damaged after an update.
     #[test]
     fn every_length_around_the_choice_gives_the_reference() {
         let bytes = noise(1200);
@@ -150,9 +149,12 @@ mod tests {
     }
 
     proptest! {
-        /// Log bodies are summed piece by piece, and checked whole.
+        /// Log bodies are checksummed piece by piece, and checked as a whole.
         #[test]
-        fn splitting_changes_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..10_000), cut in any::<u16>()) {
+        fn splitting_changes_nothing(
+            bytes in proptest::collection::vec(any::<u8>(), 0..10_000),
+            cut in any::<u16>(),
+        ) {
             let (head, tail) = bytes.split_at(usize::from(cut) % (bytes.len() + 1));
             let whole = crc32c(&bytes);
             prop_assert_eq!(whole, reference(&bytes));
@@ -161,7 +163,7 @@ mod tests {
         }
     }
 
-    /// The operator reads it in the report.
+    /// Operators read this in the report.
     #[test]
     fn the_implementation_has_a_name() {
         assert!(!implementation().is_empty());

@@ -1,18 +1,19 @@
-//! Numbers of things in a table: one type for each table, so that none is taken for another.
+//! Indices into tables: each table has an index type of its own, so that no index is taken for
+//! another table's.
 //!
 //! Invariants
-//! 1. An index type is made by `index_type!` only, has the size of its number, and no arithmetic.
-//! 2. [`IndexedSlab`] hands out its own index type and takes no other.
+//! 1. Only `index_type!` makes an index type; it has the size of its number, and no arithmetic.
+//! 2. [`IndexedSlab`] hands out its own index type and accepts no other.
 //!
-//! It does not know whether an index is still in use: a table gives the number of what has left it
-//! to the next one that comes.
+//! It does *not* know whether an index is still valid: a table reuses the number of a removed entry
+//! for the next one.
 
 use slab::Slab;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Index, IndexMut};
 
-/// An index type, as a table makes it and looks it up.
+/// An index type, as a table creates it and looks it up.
 pub trait TableIndex: Copy {
     /// The index of the entry at this position.
     fn at(position: usize) -> Self;
@@ -20,7 +21,7 @@ pub trait TableIndex: Copy {
     fn position(self) -> usize;
 }
 
-/// Declares index types: `NAME("prefix of its Debug form")`, each with its documentation.
+/// Declares index types as `NAME("prefix of its Debug form")`, each with its documentation.
 macro_rules! index_type {
     ($($(#[$doc:meta])* $name:ident($prefix:literal);)*) => {$(
         $(#[$doc])*
@@ -31,7 +32,7 @@ macro_rules! index_type {
             /// The index of the entry at this position.
             ///
             /// # Panics
-            /// Above 2^32: no table has as many entries.
+            /// If `position` is 2^32 or more: no table has that many entries.
             #[inline]
             pub const fn new(position: usize) -> Self {
                 assert!(position <= u32::MAX as usize, "a table has fewer than 2^32 entries");
@@ -67,21 +68,21 @@ macro_rules! index_type {
 index_type! {
     /// A page in a shard's page table.
     PageIdx("page ");
-    /// A request under way in a shard.
+    /// A request in progress in a shard.
     RequestIdx("request ");
     /// A version of a page on its way into the map.
     PageVersionIdx("version ");
     /// A page image of the open group.
     ImageIdx("image ");
-    /// An operation of the device under way.
+    /// An operation in flight at the device.
     OpIdx("op ");
     /// A map node in memory.
     NodeIdx("node ");
-    /// A map node that compaction wants to move, and that must be read first.
+    /// A map node that compaction wants to move and that must be read first.
     NodeMoveIdx("node move ");
 }
 
-/// A slab whose entries are found by indices of one type only.
+/// A slab whose entries are looked up by indices of one type only.
 pub struct IndexedSlab<I, T> {
     entries: Slab<T>,
     index: PhantomData<fn(I) -> I>,
@@ -94,21 +95,21 @@ impl<I, T> Default for IndexedSlab<I, T> {
 }
 
 impl<I: TableIndex, T> IndexedSlab<I, T> {
-    /// An empty one, with room for `capacity` entries.
+    /// Makes an empty slab with room for `capacity` entries.
     pub fn with_capacity(capacity: usize) -> Self {
         IndexedSlab { entries: Slab::with_capacity(capacity), index: PhantomData }
     }
 
-    /// Adds an entry. Its index may have been that of an entry that was removed.
+    /// Adds an entry. Its index may be that of a removed entry.
     #[inline]
     pub fn insert(&mut self, entry: T) -> I {
         I::at(self.entries.insert(entry))
     }
 
-    /// Takes an entry out.
+    /// Removes an entry.
     ///
     /// # Panics
-    /// If there is none.
+    /// If there is no such entry.
     #[inline]
     pub fn remove(&mut self, at: I) -> T {
         self.entries.remove(at.position())
@@ -125,13 +126,13 @@ impl<I: TableIndex, T> IndexedSlab<I, T> {
         self.entries.iter().map(|(at, entry)| (I::at(at), entry))
     }
 
-    /// Entries in the table.
+    /// The number of entries.
     #[inline]
     pub fn len(&self) -> usize {
         self.entries.len()
     }
 
-    /// Whether it has no entry.
+    /// Whether it has no entries.
     #[inline]
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()

@@ -2,15 +2,15 @@
 
 use std::fmt;
 
-/// A commit's place in the one order over all shards. 0 stands for "before every commit" and for
+/// A commit's place in the total order over all shards. 0 stands for "before every commit" and for
 /// pages that were never written; the first commit has 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Lsn(u64);
 
 impl Lsn {
-    /// Before every commit.
+    /// The place before every commit.
     pub const ZERO: Lsn = Lsn(0);
-    /// After every commit: the bound of a shard that holds nothing back.
+    /// The place after every commit: the bound of a shard that holds nothing back.
     pub const MAX: Lsn = Lsn(u64::MAX);
 
     /// The LSN with this number, as stored on disk.
@@ -26,7 +26,7 @@ impl Lsn {
     /// The LSN `n` places later.
     ///
     /// # Panics
-    /// On overflow of 64 bits, which at a billion commits a second takes 584 years.
+    /// If 64 bits overflow, which takes 584 years at a billion commits a second.
     pub const fn plus(self, n: u64) -> Self {
         match self.0.checked_add(n) {
             Some(v) => Lsn(v),
@@ -34,7 +34,7 @@ impl Lsn {
         }
     }
 
-    /// The LSN one earlier; zero stays zero.
+    /// The previous LSN; zero stays zero.
     pub const fn before(self) -> Self {
         Lsn(self.0.saturating_sub(1))
     }

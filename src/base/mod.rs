@@ -1,8 +1,8 @@
 //! What every layer uses: ids, LSNs and addresses as types, errors, options and limits, the
-//! checksum, counters. No I/O.
+//! checksum, counters. It does no I/O.
 //!
-//! Each is a newtype with a private field and only the arithmetic that is lawful for it; `Debug` is
-//! short (`p12`, `s3`, `lsn 8041`), so that a trace can be read.
+//! Each id is a newtype with a private field and only the arithmetic that makes sense for it;
+//! `Debug` is short (`p12`, `s3`, `lsn 8041`), so that a trace is readable.
 
 pub mod checksum;
 pub(crate) mod error;
@@ -26,10 +26,10 @@ pub use place::{BlockAddr, ExtentNo, SegmentNo};
 pub use shard_map::ShardMap;
 pub use shard_set::ShardSet;
 
-/// The unit of all I/O and of all places: 4 KiB, the smallest page and the physical block of common
-/// devices.
+/// The unit of all I/O and of all addresses: 4 KiB, the smallest page and the physical block of
+/// common devices.
 pub const BLOCK: usize = 4096;
 
-/// Virtual or real time in microseconds since some start; always passed in, never read from a clock
-/// here.
+/// Virtual or real time in microseconds since some start. It is always passed in, never read from a
+/// clock here.
 pub type Micros = u64;

@@ -1,5 +1,5 @@
-//! User choices -> checked limits. Every bound of the engine is here or derived here, with its
-//! reason.
+//! Turns user choices into checked limits. Every bound of the engine is set or derived here, with
+//! its reason.
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, Micros, ShardSet};
@@ -7,17 +7,17 @@ use crate::base::{BLOCK, Micros, ShardSet};
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
 
-/// Sizes that are chosen when a store is created, and can't be changed later.
+/// Sizes that are chosen when a store is created and can't be changed later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Bytes of an extent, the unit of data space: a power of two, 64 KiB to 8 MiB.
     pub extent_bytes: u64,
     /// Bytes of a log segment: a power of two, 64 KiB to 1 GiB.
     pub segment_bytes: u64,
-    /// Log segments of each shard, at least 4. Together they bound the log that recovery may have
+    /// Log segments of each shard, at least 4. Together these bound the log that recovery may have
     /// to read.
     pub segments_count: u32,
-    /// Virtual shards: a power of two, up to 512. A store can't use more cores than that.
+    /// Virtual shards: a power of two, up to 512. A store can't use more cores than this.
     pub vshards_count: u32,
 }
 
@@ -32,24 +32,25 @@ impl Default for Geometry {
     }
 }
 
-/// The most shards that a store is run with.
+/// The most shards that a store runs with.
 pub(crate) const SHARDS_MAX: u16 = 64;
 const _: () = assert!(SHARDS_MAX <= ShardSet::SHARDS_MAX);
 
-/// The least memory of a shard: log buffers, a superblock, and pages of the largest size class to
-/// work with.
+/// The least memory of a shard: it holds log buffers, a superblock, and pages of the largest size
+/// class to work with.
 pub(crate) const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 
-/// What the tables take for each 4 KiB frame, at most: an entry of the page table for what it
-/// holds, and for a freed page of a quarter of them; an entry of the table of map nodes, since any
-/// frame may hold one, and tables don't shrink; its places in the lists of the arena and of the
-/// eviction policy. A test holds it against the sizes of all these.
+/// The most bytes that the tables take for each 4 KiB frame: an entry of the page table for its
+/// page, and for a quarter of the frames one more for a freed page; an entry of the table of map
+/// nodes, since any frame may hold one and tables don't shrink; the frame's places in the lists of
+/// the arena and of the eviction policy. A test compares this with the sizes of all these.
 pub(crate) const TABLE_BYTES_PER_FRAME: u64 = 512;
 
-/// The least bytes of requests under way in a shard: about two hundred small ones at a time.
+/// The least limit on the bytes of requests in progress in a shard: enough for about two hundred
+/// small ones.
 const REQUEST_BYTES_MIN: u64 = 256 * KIB;
 
-/// What moves bytes between memory and device.
+/// The driver that moves bytes between memory and device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Driver {
     /// io_uring where it works, else plain threads; the report says which, and why.
@@ -70,68 +71,70 @@ impl std::str::FromStr for Driver {
             "ring" => Ok(Driver::Ring),
             "portable" => Ok(Driver::Portable),
             _ => Err(Error::invalid(format_args!(
-                "there is no driver `{name}`: take auto, ring or portable"
+                "there is no driver `{name}`: use auto, ring or portable"
             ))),
         }
     }
 }
 
-/// How to open a store. The defaults suit a server that has the machine for itself.
+/// How to open a store. The defaults suit a server that has the machine to itself.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The geometry of a store that does not exist yet; an existing store keeps its own.
     pub geometry: Geometry,
-    /// Bytes of memory (default 256 MiB): for pages, map nodes and log buffers, and for the tables
-    /// that say what is where in it, an eighth on top of each 4 KiB. It is divided among the
-    /// shards, at least 2 MiB each; with so little the tables come on top.
+    /// Bytes of memory (default 256 MiB) for pages, map nodes and log buffers, and for the tables
+    /// that index them, which take an eighth on top of each 4 KiB. It is divided among the shards,
+    /// at least 2 MiB each; with that little the tables come on top.
     ///
-    /// Within 10 % and a constant it is all that a store takes. On top come requests under way,
-    /// from when the store takes them until they are answered, also if their futures are dropped:
-    /// in each shard what commits carry up to a sixteenth of its memory (256 KiB at least) and one
-    /// commit of any size, as much again of tasks on the shard, and 1 KiB for each read. While that
-    /// is taken, further commits wait, first come, first served; what they carry is their callers'
-    /// until then. The constant: threads, rings, 4 KiB for each virtual shard, and for each extent
-    /// of the data space 72 bytes in each shard and 72 bytes once. Opening after a crash takes a
-    /// group of the log, as it was written, and what is decoded of it, in each shard: 1 MiB, or the
-    /// largest commit that the log holds.
+    /// Within 10 % and a constant, this is all that a store takes. Requests in progress come on
+    /// top, from when the store accepts them until they are answered, even if their futures are
+    /// dropped: in each shard, the contents of commits up to a sixteenth of its memory (256 KiB at
+    /// least) plus one commit of any size, the same again for tasks on the shard, and 1 KiB for
+    /// each read. While that is used up, further commits wait, first come, first served; until then
+    /// their contents belong to their callers. The constant consists of threads, rings, 4 KiB for
+    /// each virtual shard, and for each extent of the data space 72 bytes in each shard and 72
+    /// bytes once. Opening after a crash takes, in each shard, a group of the log as it was written
+    /// and its decoded form: 1 MiB, or the largest commit that the log holds.
     pub memory_bytes: u64,
     /// How long dirty pages are collected before they are written, in microseconds (1,000 to
     /// 10,000, default 5,000). A durable commit is never delayed by it.
     pub coalesce_window_us: Micros,
-    /// The number of dirty pages with which a write starts before that time is over (1 to 64,
-    /// default 64).
+    /// The number of dirty pages that starts a write before that time is over (1 to 64, default
+    /// 64).
     pub coalesce_batch_pages: usize,
     /// The most pages of one vectored read or write at the device (1 to 64, default 64).
     pub vectored_pages_max: usize,
     /// The most log writes that a shard has in flight (1 to 8, default 4).
     pub log_writes_max: usize,
     /// Up to this many whole pages of a log group are written into the log, and to their place
-    /// later (default 4). With more they are written once, straight to their place. 0: always once.
+    /// later (default 4). If there are more, they are written once, straight to their place. 0:
+    /// always once.
     pub inline_pages_max: usize,
     /// The most bytes that one commit may count (default 4 MiB): 4 KiB for each page written or
     /// patched, 512 bytes for each page freed. Little memory or short log segments lower it;
-    /// `Store::txn_bytes_max` says what holds.
+    /// `Store::txn_bytes_max` returns the limit in force.
     pub txn_bytes_max: u64,
     /// The most bytes of the data file; 0 (the default): as much as the file system has.
     pub data_bytes_max: u64,
     /// The percentage of the data space that must be live before the space grows (30 to 85, default
-    /// 70). Below it, dead blocks are reclaimed by moving the live ones around them; dead blocks up
-    /// to the size that the log can have are left alone. A lower value takes more disk for the same
-    /// pages, and makes sustained overwriting faster, since less is moved.
+    /// 70). Below it, compaction reclaims dead blocks by moving the live ones around them; it
+    /// leaves alone dead blocks up to the size that the log can have. A lower value takes more disk
+    /// space for the same pages and makes sustained overwriting faster, since less is moved.
     pub fill_percent: u32,
-    /// Requests under way at a time, over all handles (default 4,096), if `memory_bytes` allows for
-    /// what they carry; more wait, and then get `Busy`.
+    /// Requests in progress at a time, over all handles (default 4,096), provided that
+    /// `memory_bytes` has room for their contents; more wait, and then get `Busy`.
     pub requests_max: usize,
-    /// The cores to run on, one shard each (default: all that the opening thread may use, or where
-    /// control groups allow the time of fewer, so many shards on any of them).
+    /// The cores to run on, one shard each (default: all that the opening thread may use; where
+    /// control groups allow the time of fewer, that many shards on any of them).
     pub cores: Option<Vec<usize>>,
-    /// How many shards to run (default: one on each core, and no more than the store has virtual
-    /// shards, the memory allows, at 2 MiB each, and `data_bytes_max`, at 12 extents each). More
-    /// shards than cores work, but don't poll.
+    /// How many shards to run (default: one on each core, but no more than the store has virtual
+    /// shards, nor than the memory allows at 2 MiB each, nor `data_bytes_max` at 12 extents each).
+    /// More shards than cores work, but don't poll.
     pub shards: Option<u16>,
-    /// Never wait when there is nothing to do, but poll: lower latency, for a whole core per shard.
+    /// Whether to poll instead of waiting when there is nothing to do: lower latency, at the cost
+    /// of a whole core per shard.
     pub poll: bool,
-    /// What moves bytes between memory and device.
+    /// The driver that moves bytes between memory and device (default: the best that works).
     pub driver: Driver,
     /// Entries of each shard's io_uring (a power of two, 16 to 4,096, default 256): the most
     /// transfers that a shard has at the device at a time.
@@ -161,7 +164,7 @@ impl Default for Options {
     }
 }
 
-/// Checked options with what follows from them. All counts are in the unit that their name ends in.
+/// Checked options, with the limits that follow from them. The name of each count ends in its unit.
 #[derive(Clone, Debug)]
 pub(crate) struct Limits {
     pub geometry: Geometry,
@@ -174,18 +177,18 @@ pub(crate) struct Limits {
     pub inline_pages_max: usize,
     pub txn_bytes_max: u64,
     pub data_extents_max: u32,
-    /// Of a hundred blocks of data space, how many are to be live before it grows.
+    /// How many of a hundred blocks of data space must be live before the space grows.
     pub fill_percent: u32,
     pub requests_max: usize,
-    /// Heap bytes of callers' requests under way with which a shard takes no more of them.
+    /// With this many heap bytes of callers' requests in progress, a shard accepts no more of them.
     pub request_bytes_max: u64,
-    /// Blocks of the buffer in which a log group gathers. An eighth of a segment, so that the end
-    /// of a segment that is too small for the next group wastes little; at most 1 MiB, enough for
-    /// 8,000 small commits, and at most a 64th of the memory. A power of two.
+    /// Blocks of the buffer that collects a log group, a power of two. An eighth of a segment, so
+    /// that little is wasted when the end of a segment is too small for the next group; at most 1
+    /// MiB, enough for 8,000 small commits, and at most a 64th of the memory.
     pub group_blocks: u32,
 }
 
-/// Frames that `memory_bytes` are enough for, with their tables.
+/// The number of frames, with their tables, that fit into `memory_bytes`.
 pub(crate) fn frames_in(memory_bytes: u64) -> u64 {
     memory_bytes / (BLOCK as u64 + TABLE_BYTES_PER_FRAME)
 }
@@ -214,7 +217,7 @@ impl Geometry {
         power_of_two("vshards_count", self.vshards_count.into(), 1, 512)
     }
 
-    /// Blocks of an extent, summary included.
+    /// Blocks of an extent, including the summary.
     pub(crate) fn extent_blocks(&self) -> u32 {
         (self.extent_bytes / BLOCK as u64) as u32
     }
@@ -233,8 +236,8 @@ fn check_shards(shards_count: u16, geometry: &Geometry) -> Result<()> {
 }
 
 impl Options {
-    /// Heap bytes of requests under way for each shard: a sixteenth of its memory, since more
-    /// requests than that make nothing faster, and [`REQUEST_BYTES_MIN`] at least.
+    /// The limit on heap bytes of requests in progress in each shard: a sixteenth of its memory,
+    /// since more requests than that make nothing faster, and at least [`REQUEST_BYTES_MIN`].
     pub(crate) fn request_bytes_max(&self, shards_count: u16) -> u64 {
         (self.memory_bytes / u64::from(shards_count) / 16).max(REQUEST_BYTES_MIN)
     }
@@ -246,7 +249,7 @@ impl Options {
         check_shards(shards_count, geometry)?;
         let shards = u64::from(shards_count);
         within(
-            "memory_bytes (2 MiB at least for each shard)",
+            "memory_bytes (at least 2 MiB for each shard)",
             self.memory_bytes,
             SHARD_MEMORY_MIN * shards,
             1 << 42,
@@ -273,16 +276,16 @@ impl Options {
             vectored_pages_max: self.vectored_pages_max,
             log_writes_max: self.log_writes_max,
             inline_pages_max: self.inline_pages_max,
-            // A commit must fit into one group, and the pages and log buffers of several into the
-            // memory.
+            // A commit must fit into one group, and the memory must hold the pages and log buffers
+            // of several.
             txn_bytes_max: self
                 .txn_bytes_max
                 .min(memory_bytes / 16)
                 .min(geometry.segment_bytes / 4),
             data_extents_max: match self.data_bytes_max {
                 0 => u32::MAX,
-                // Extents have numbers of 32 bits: more than that is as much as the file system
-                // gives.
+                // Extents have numbers of 32 bits: a limit beyond that means as much as the file
+                // system has.
                 bytes => u32::try_from((bytes / geometry.extent_bytes).max(1)).unwrap_or(u32::MAX),
             },
             fill_percent: self.fill_percent,
@@ -302,8 +305,7 @@ mod tests {
         options.limits(&Geometry::default(), 2).expect("it is lawful").data_extents_max
     }
 
-    /// A limit that is far away must not turn into none at all, or into one that no store fits
-    /// into.
+    /// A very large limit must not turn into none at all, or into one that no store fits into.
     #[test]
     fn a_limit_of_the_data_space_beyond_all_extents_is_no_limit() {
         assert_eq!(extents_max(0), u32::MAX);
@@ -315,8 +317,8 @@ mod tests {
         }
     }
 
-    /// Values at the ends of what is lawful, in every combination of memory and shards: no derived
-    /// limit is cut to nothing.
+    /// With the extreme valid values, in every combination of memory and shards, no derived limit
+    /// may become zero.
     #[test]
     fn limits_at_the_ends_of_what_is_lawful_are_whole() {
         for (memory_bytes, shards) in

@@ -1,21 +1,21 @@
-//! Page ids, volumes, and how page ids are dealt out to virtual shards.
+//! Page ids, volumes, and how page ids are distributed over virtual shards.
 //!
 //! Invariants
-//! 1. The map page -> (virtual shard, key within it) is a bijection for a given number of virtual
-//!    shards, so the page map of a virtual shard needs no page ids in it and is dense where the ids
-//!    are dense.
+//! 1. For a given number of virtual shards, the mapping from a page to (virtual shard, key within
+//!    it) is a bijection, so the page map of a virtual shard contains no page ids and is dense
+//!    where the ids are dense.
 //! 2. A run of [`RUN_PAGES`] consecutive ids (2 MiB of 4 KiB pages) stays in one virtual shard, so
-//!    neighbours meet in one coalescer; consecutive runs go to different virtual shards, so a scan
-//!    spreads over the cores.
+//!    adjacent pages meet in one coalescer; consecutive runs go to different virtual shards, so a
+//!    scan spreads over the cores.
 
 use std::cmp::Ordering;
 use std::fmt;
 
-/// Pages in a run that stays together: 512.
+/// Pages in a run, which stays together: 512.
 pub const RUN_PAGES: u64 = 1 << RUN_BITS;
 const RUN_BITS: u32 = 9;
 
-/// A page's id within its volume: any 64-bit number, chosen by the caller. Ids that lie close
+/// A page's id within its volume: any 64-bit number that the caller chooses. Ids that are close
 /// together keep the page map small; an id far from all others costs several map nodes of 4 KiB.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageId(u64);
@@ -43,12 +43,12 @@ impl From<u64> for PageId {
     }
 }
 
-/// A volume's number. 0 is the catalog, which names all others; users get 1 and up.
+/// A volume's number. 0 is the catalog, which names all others; those of users begin at 1.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct VolumeId(u8);
 
 impl VolumeId {
-    /// The catalog: a volume of the engine's own, in which the others are named.
+    /// The catalog: the engine's own volume, which names the others.
     pub const CATALOG: VolumeId = VolumeId(0);
 
     /// The volume with this number.
@@ -67,7 +67,7 @@ impl fmt::Debug for VolumeId {
     }
 }
 
-/// A page of the whole store: volume and id.
+/// Identifies a page in the whole store, by volume and id.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct PageKey {
     /// The volume.
@@ -108,8 +108,8 @@ impl PageKey {
         PageKey::new(volume, PageId((run << RUN_BITS) | (page_index & (RUN_PAGES - 1))))
     }
 
-    /// The dense number in `vshard` of the first of its pages of `volume` with this id or a higher
-    /// one; higher ids have higher numbers. `None`: it has none.
+    /// The dense number in `vshard` of its first page of `volume` with this id or a higher one;
+    /// higher ids have higher numbers. `None` if it has no such page.
     pub fn first_in(
         volume: VolumeId,
         page: PageId,
@@ -131,7 +131,7 @@ impl PageKey {
         }
     }
 
-    /// How far the virtual shards are turned for one block of runs, so that strided ids do not all
+    /// How far the virtual shards are rotated for one block of runs, so that strided ids do not all
     /// meet in one (multiplicative mixing after Steele and Vigna, "Computationally easy, spectrally
     /// good multipliers", 2021).
     fn turn(volume: VolumeId, high: u64) -> u64 {
@@ -151,7 +151,7 @@ impl fmt::Debug for PageKey {
 pub struct ShardId(u16);
 
 impl ShardId {
-    /// The shard that leads the others in what the store does as a whole.
+    /// The shard that acts for all shards in what the store does as a whole.
     pub const LEADER: ShardId = ShardId(0);
 
     /// The shard with this number.
@@ -174,7 +174,7 @@ impl fmt::Debug for ShardId {
     }
 }
 
-/// The unit in which page ids are dealt out to shards; a page's virtual shard never changes.
+/// The unit in which pages are distributed over shards; a page's virtual shard never changes.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct VShard(u16);
 
@@ -205,7 +205,7 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// If two pages met in one map slot, one would be served for the other.
+        /// If two pages had the same place in the map, one would be served for the other.
         #[test]
         fn a_page_and_its_place_in_a_virtual_shard_are_one_to_one(
             raw in any::<u64>(), volume in 0u8..248, bits in 0u32..10,
@@ -226,7 +226,8 @@ mod tests {
             let id = |page_index| PageKey::from_place(volume, vshard, page_index, count).page;
             if let Some(page_index) = found {
                 prop_assert!(id(page_index) >= page);
-                prop_assert_eq!(PageKey::new(volume, id(page_index)).place_in(count), (vshard, page_index));
+                let key = PageKey::new(volume, id(page_index));
+                prop_assert_eq!(key.place_in(count), (vshard, page_index));
             }
             let before = found.unwrap_or((u64::MAX >> bits) | (RUN_PAGES - 1));
             let before = if found.is_some() { before.checked_sub(1) } else { Some(before) };
@@ -236,7 +237,7 @@ mod tests {
         }
     }
 
-    /// Neighbours must meet in one coalescer, and a scan must spread over the cores.
+    /// Adjacent pages must meet in one coalescer, and a scan must spread over the cores.
     #[test]
     fn runs_stay_together_and_spread() {
         let shard = |id: u64| PageKey::new(VolumeId::new(1), PageId::new(id)).place_in(256).0;

@@ -1,4 +1,4 @@
-//! Where bytes lie in the data space and in the log.
+//! Addresses in the data space and in the log.
 
 use std::fmt;
 
@@ -27,7 +27,7 @@ impl fmt::Debug for ExtentNo {
     }
 }
 
-/// A place in the data space: an extent, and a block within it.
+/// The address of a block in the data space: an extent, and a block within it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct BlockAddr {
     /// The extent.
@@ -42,7 +42,7 @@ impl BlockAddr {
         self.extent.0 as u64 * extent_bytes + self.block as u64 * super::BLOCK as u64
     }
 
-    /// Both numbers in one, extent in the high half: the form on disk.
+    /// Packs both numbers into one, with the extent in the high half: the form on disk.
     pub const fn pack(self) -> u64 {
         (self.extent.0 as u64) << 32 | self.block as u64
     }

@@ -1,11 +1,11 @@
-//! Which shard owns which virtual shard, and so which page.
+//! Maps virtual shards, and thereby pages, to the shards that own them.
 //!
-//! The shard map is made anew at each open: a changed number of cores is another deal, not a copy
-//! of the data.
+//! Each open makes a new shard map: another number of cores leads to another map, not to a copy of
+//! the data.
 
 use super::{PageKey, ShardId, VShard};
 
-/// How the virtual shards of a store are dealt out to its shards: one to each in turn.
+/// How the virtual shards of a store are distributed over its shards: one to each in turn.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ShardMap {
     vshards_count: u32,
@@ -13,19 +13,19 @@ pub struct ShardMap {
 }
 
 impl ShardMap {
-    /// A shard map of `vshards_count` virtual shards to `shards_count` shards.
+    /// Maps `vshards_count` virtual shards to `shards_count` shards.
     ///
     /// # Panics
-    /// If there are no shards, or more of them than virtual shards.
+    /// If there are no shards, or more shards than virtual shards.
     pub const fn new(vshards_count: u32, shards_count: u16) -> Self {
         assert!(
             shards_count > 0 && shards_count as u32 <= vshards_count,
-            "each shard owns a virtual shard"
+            "each shard must own a virtual shard"
         );
         ShardMap { vshards_count, shards_count }
     }
 
-    /// Shards.
+    /// The number of shards.
     pub const fn shards_count(self) -> u16 {
         self.shards_count
     }

@@ -1,19 +1,19 @@
 //! A set of shards.
 //!
 //! Invariants
-//! 1. Members are below [`ShardSet::SHARDS_MAX`]; inserting another one panics, instead of naming a
-//!    wrong shard.
+//! 1. Members are below [`ShardSet::SHARDS_MAX`]; inserting a larger number panics, instead of
+//!    naming a wrong shard.
 //! 2. On disk a set is the bits of [`ShardSet::bits`]: bit `n` stands for shard `n`.
 
 use super::ShardId;
 use std::fmt;
 
-/// A set of shards, as bits. The log names the shards of a commit with it.
+/// A set of shards, as bits. The log uses it to name the shards of a commit.
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct ShardSet(u64);
 
 impl ShardSet {
-    /// How many shards there may be: format 3 has one word for a set.
+    /// The most shards that there may be: format 3 has one word for a set.
     pub const SHARDS_MAX: u16 = u64::BITS as u16;
     /// No shards.
     pub const EMPTY: ShardSet = ShardSet(0);
@@ -25,7 +25,7 @@ impl ShardSet {
         set
     }
 
-    /// The set with these bits on disk.
+    /// The set that these bits on disk stand for.
     pub const fn from_bits(bits: u64) -> Self {
         ShardSet(bits)
     }
@@ -42,7 +42,7 @@ impl ShardSet {
     pub fn insert(&mut self, shard: ShardId) {
         assert!(
             shard.get() < Self::SHARDS_MAX,
-            "{shard:?} is in no set: there are at most {} shards",
+            "{shard:?} does not fit into a set: there are at most {} shards",
             Self::SHARDS_MAX
         );
         self.0 |= 1 << shard.get();
@@ -77,8 +77,7 @@ impl fmt::Debug for ShardSet {
 mod tests {
     use super::*;
 
-    /// If this fails, recovery looks for the parts of a commit in the logs of other shards than
-    /// those that have them.
+    /// If this fails, recovery looks for the parts of a commit in the logs of the wrong shards.
     #[test]
     fn the_bits_of_a_set_are_its_members() {
         let shards = [0, 5, 63].map(ShardId::new);
@@ -94,7 +93,7 @@ mod tests {
         assert_eq!(ShardSet::of(ShardId::new(2)).bits(), 4);
     }
 
-    /// A shard whose number wraps into the set would be another shard.
+    /// A shard number that wrapped around would stand for another shard.
     #[test]
     #[should_panic(expected = "at most 64 shards")]
     fn a_shard_beyond_the_limit_is_refused() {

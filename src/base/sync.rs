@@ -1,11 +1,11 @@
-//! The atomics of everything that threads share without locks: the processor's, or loom's in its
+//! The atomics for everything that threads share without locks: the processor's, or loom's in its
 //! models.
 //!
 //! `RUSTFLAGS="--cfg corepage_loom" cargo test --release --lib loom` checks the models; loom's own
-//! `--cfg loom` would break packages that we depend on. What has no twin in loom has a stand-in
-//! here, at most as strong as the original.
+//! `--cfg loom` would break packages that we depend on. Types that loom lacks have a replacement
+//! here, which is at most as strong as the original.
 //!
-//! It does *not* hold a protocol: those are `commit` and `mesh`.
+//! It does *not* contain protocols: those are in `engine` and `mesh`.
 
 #[cfg(not(all(test, corepage_loom)))]
 mod real {
@@ -34,7 +34,7 @@ mod stand_ins {
     };
     pub(crate) use loom::sync::{Mutex, MutexGuard};
 
-    /// A queue whose length is known without the lock: whether it is empty is no more than an
+    /// A queue whose length is known without the lock, so that checking for emptiness is just an
     /// atomic load.
     pub(crate) struct Queue<T> {
         capacity: usize,
@@ -72,7 +72,7 @@ mod stand_ins {
         }
     }
 
-    /// Hands one value over.
+    /// Hands one value from a thread to another.
     pub(crate) struct Hand<T>(Mutex<Option<Box<T>>>);
 
     impl<T> Default for Hand<T> {
@@ -119,13 +119,14 @@ pub(crate) use real::*;
 #[cfg(all(test, corepage_loom))]
 pub(crate) use stand_ins::*;
 
-/// Running a model, and whether it held: one that can't fail checks nothing, so each has mutants.
+/// Runs models and tells whether they held. A model that can't fail checks nothing, so each has
+/// mutants.
 #[cfg(all(test, corepage_loom))]
 pub(crate) mod model {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicBool, Ordering};
 
-    /// Whether all has held so far. A panic in a model would take loom down with it.
+    /// Records whether everything has held so far. A panic in a model would take loom down with it.
     #[derive(Clone, Default)]
     pub(crate) struct Verdict(Arc<AtomicBool>);
 
@@ -137,12 +138,13 @@ pub(crate) mod model {
         }
     }
 
-    /// The least bound of any model: nearly all known bugs of this kind need no more than two
-    /// (Musuvathi and Qadeer, "Iterative context bounding for systematic testing of multithreaded
-    /// programs", PLDI 2007).
+    /// The lowest bound on preemptions in any model: nearly all known bugs of this kind need no
+    /// more than two (Musuvathi and Qadeer, "Iterative context bounding for systematic testing of
+    /// multithreaded programs", PLDI 2007).
     const PREEMPTIONS_MIN: usize = 3;
 
-    /// Runs `model` in every order of its steps with at most `preemptions`; `None` for all of them.
+    /// Runs `model` in every order of its steps with at most this many `preemptions`; `None` runs
+    /// all orders. Returns whether it held.
     pub(crate) fn holds(
         preemptions: Option<usize>,
         model: impl Fn(&Verdict) + Sync + Send + 'static,

@@ -1,13 +1,14 @@
 //! Latencies as a histogram of about 1,500 counters.
 //!
 //! Buckets grow with their values: each power of two is divided into [`SPLIT`] of them, so that a
-//! value is known to 1 % whether it is 200 µs or 20 s.
+//! value is known to within 1 % whether it is 200 µs or 20 s.
 
 use std::fmt;
 
-/// Values above this count as this: a minute.
+/// The largest value that is told apart, a minute: longer ones count as this.
 const MOST_US: u64 = 60_000_000;
-/// Buckets in each power of two; a power of two itself. Values below twice that have a bucket each.
+/// The number of buckets for each power of two, itself a power of two. Values below twice this have
+/// a bucket each.
 const SPLIT: u64 = 64;
 const BUCKETS: usize = bucket_of(MOST_US) + 1;
 
@@ -22,13 +23,13 @@ struct Counts {
     buckets: [u64; BUCKETS],
 }
 
-/// The bucket that a value is counted in.
+/// The bucket in which a value is counted.
 const fn bucket_of(us: u64) -> usize {
     let halvings = us.ilog2().saturating_sub(SPLIT.ilog2());
     (halvings as u64 * SPLIT + (us >> halvings)) as usize
 }
 
-/// The highest value that is counted in a bucket.
+/// The highest value that a bucket counts.
 fn highest_in(bucket: usize) -> u64 {
     let bucket = bucket as u64;
     let halvings = (bucket / SPLIT).saturating_sub(1);
@@ -55,8 +56,8 @@ impl Latency {
         self.0.as_ref().map_or(0, |counts| counts.total)
     }
 
-    /// The microseconds that `percent` of the operations did not exceed: 50 gives the median. 0 if
-    /// no operation was counted.
+    /// The latency, in microseconds, that `percent` of the operations did not exceed: 50 gives the
+    /// median. 0 if no operation was counted.
     pub fn percentile(&self, percent: f64) -> u64 {
         let wanted =
             (self.count() as f64 * percent.clamp(0.0, 100.0) / 100.0).ceil().max(1.0) as u64;
@@ -68,12 +69,12 @@ impl Latency {
         reached.map_or(0, |(bucket, _)| highest_in(bucket))
     }
 
-    /// The longest, in microseconds.
+    /// The longest latency, in microseconds.
     pub fn max(&self) -> u64 {
         self.filled().last().map_or(0, |(bucket, _)| highest_in(bucket))
     }
 
-    /// The mean, in microseconds.
+    /// The mean latency, in microseconds.
     pub fn mean(&self) -> f64 {
         let sum: f64 = self.filled().map(|(bucket, count)| middle_of(bucket) * count as f64).sum();
         sum / self.count().max(1) as f64
@@ -91,11 +92,11 @@ impl Latency {
         }
     }
 
-    /// The operations counted since `earlier`, a state of the same counts.
+    /// The operations counted since `earlier`, an earlier state of the same histogram.
     pub fn since(&self, earlier: &Latency) -> Latency {
         let mut new = self.clone();
         if let (Some(new), Some(earlier)) = (&mut new.0, &earlier.0) {
-            // An operation that was not counted later can't be taken away.
+            // A count can't be lower than it was earlier.
             new.buckets
                 .iter_mut()
                 .zip(&earlier.buckets)
@@ -105,7 +106,7 @@ impl Latency {
         new
     }
 
-    /// The buckets that hold something, from short to long.
+    /// The buckets that are not empty, from short to long.
     fn filled(&self) -> impl Iterator<Item = (usize, u64)> + '_ {
         let buckets = self.0.iter().flat_map(|counts| counts.buckets.iter().copied().enumerate());
         buckets.filter(|(_, count)| *count > 0)
@@ -157,8 +158,8 @@ mod tests {
         assert!(a.max() <= MOST_US * 101 / 100, "an hour counts as a minute");
     }
 
-    /// A bucket that is too wide, or that overlaps its neighbour, would tell percentiles that
-    /// nobody measured.
+    /// A bucket that is too wide, or that overlaps its neighbour, would give percentiles that were
+    /// never measured.
     #[test]
     fn buckets_lie_side_by_side_and_are_no_wider_than_promised() {
         let mut lowest = 1;

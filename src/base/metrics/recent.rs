@@ -1,18 +1,18 @@
-//! Operations in each of the last seconds.
+//! Counts the operations in each of the last seconds.
 //!
 //! Invariants
-//! 1. The second that runs is not told: it is not full.
+//! 1. The current second is not reported: it is not over.
 //! 2. Seconds are numbered from a moment that all shards share, so those of several shards can be
 //!    added.
 
-/// Seconds that are remembered, and the one that runs.
+/// The seconds that are remembered, and the current one.
 const SECONDS: usize = 61;
 
 /// Operations of the last minute, second by second.
 #[derive(Clone, Debug)]
 pub(crate) struct Recent {
     counts: [u32; SECONDS],
-    /// The second that runs.
+    /// The current second.
     now: u64,
     peak: u32,
 }
@@ -30,7 +30,7 @@ impl Recent {
         self.counts[(self.now % SECONDS as u64) as usize] += operations;
     }
 
-    /// Begins second `now`: those in between had nothing.
+    /// Begins second `now`: the seconds in between had no operations.
     pub(crate) fn advance(&mut self, now: u64) {
         if now <= self.now {
             return;
@@ -45,12 +45,12 @@ impl Recent {
         self.now = now;
     }
 
-    /// The most in one full second.
+    /// The most operations in one full second.
     pub(crate) fn peak(&self) -> u64 {
         self.peak.into()
     }
 
-    /// Operations in a second, over the last `seconds` full ones.
+    /// Operations per second, over the last `seconds` full ones.
     pub(crate) fn rate(&self, seconds: u64) -> f64 {
         let seconds = seconds.clamp(1, SECONDS as u64 - 1).min(self.now.max(1));
         let full = (1..=seconds).filter_map(|back| self.now.checked_sub(back));
@@ -58,7 +58,7 @@ impl Recent {
             / seconds as f64
     }
 
-    /// The operations of another shard too.
+    /// Adds the operations of another shard.
     pub(crate) fn add(&mut self, other: &Recent) {
         let mut other = other.clone();
         let now = self.now.max(other.now);
