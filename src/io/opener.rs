@@ -2,7 +2,8 @@
 //! but none of its threads.
 //!
 //! ```text
-//!   a page that the kernel empties in a forked child: mark of this process --fork--> 0 in the child --its own first store--> another mark
+//!   a page that the kernel empties in a forked child:
+//!   mark of this process --fork--> 0 in the child --the child's first store--> another mark
 //! ```
 //! Invariants
 //! 1. [`Opener::is_here`] is true in the process that opened the store and false in every child of

@@ -1,7 +1,8 @@
 //! The event loop of one shard's thread; it is the same over every disk.
 //!
 //! ```text
-//!   round: take requests, messages, completions --> turn --> submit once, reply, send --> unpark waiters --> run tasks
+//!   round: take requests, messages, completions --> turn --> submit once, reply, send
+//!          --> unpark waiters --> run tasks
 //!   nothing happened: spin for a bounded time --> park --> wait in the disk
 //! ```
 //! Invariants

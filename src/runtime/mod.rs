@@ -2,8 +2,8 @@
 //! and completions, turns its shard, and carries out the effects.
 //!
 //! ```text
-//! handle --acquire permits--> in-flight table --> inbox --unpark--> round of the shard's thread --> reply --> handle
-//! task on the shard ---------------------------> queue of its own, no hop ---^
+//! handle --acquire permits--> in-flight table --> inbox --unpark--> round of the thread --> reply
+//! task on the shard ----------------------------> queue of its own, no hop ---^
 //! ```
 //! Read in this order: `start` (opens a store), `shard_thread` and `event_loop` (one thread's life
 //! and its work), `shared` and `request_permits` (how requests get there), `task_context` (tasks on

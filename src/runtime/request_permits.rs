@@ -1,10 +1,10 @@
 //! Back-pressure: permits for requests in flight, and for the bytes that they carry.
 //!
 //! ```text
-//!   acquire --room--> under way --answered: release--> the first waiter gets its permit, and is woken
+//!   acquire --room--> in flight --answered: release--> the first waiter gets a permit, and is woken
 //!     |no room                                       ^
 //!     v                                              |
-//!   waits, in the order of coming -------------------/
+//!   waits, in the order of arrival ------------------/
 //! ```
 //! Invariants
 //! 1. A request has a permit, and its bytes are counted, from before it is submitted until it is

@@ -1,8 +1,9 @@
 //! Tasks on a shard's own thread, and their requests, which take no hop.
 //!
 //! ```text
-//!   spawn_on --closure--> spawn queue --run--> task --call--> queue --round--> shard --> slot of the reply --> task
-//!   woken on the thread: run queue.   woken elsewhere: the mailbox's `woken_tasks`, and the thread is unparked
+//!   spawn_on --closure--> spawn queue --run--> task --call--> queue --round--> shard --reply--> task
+//!   woken on the thread: into the run queue
+//!   woken elsewhere:     into the mailbox's `woken_tasks`, and the thread is unparked
 //! ```
 //! Invariants
 //! 1. Futures and their requests never leave the thread: there are no atomics but the task's own.

@@ -1,8 +1,8 @@
 //! Flush batches: flushes that are requested while one is in progress share the next one.
 //!
 //! ```text
-//!   join --no batch in progress--> the caller leads a batch: it syncs the batch's files, then calls `end`
-//!     \--a batch in progress-----> waits for the *next* batch, which begins when the present one ends
+//!   join --no batch in progress--> the caller leads one: it syncs the batch's files, then calls `end`
+//!     \--a batch in progress-----> waits for the *next* batch, which begins when this one ends
 //! ```
 //! Invariants
 //! 1. A batch covers the writes that had completed before it was joined: a flush that is requested

@@ -4,7 +4,7 @@
 //! ```text
 //!   Disk (ring, threads) --every transfer--> descriptor and offset, as a Location says
 //!      \--first use, growth, errors--> Files --> Media: directory (a file for each role)
-//!                                                 a raw device or NVMe passthrough would be one more
+//!                                          later perhaps a raw device or NVMe passthrough
 //! ```
 //! Invariants
 //! 1. A medium is called when a store is opened, when a file is used for the first time, when one

@@ -2,7 +2,8 @@
 //! as a raw device would.
 //!
 //! ```text
-//!   block 0: table (role, length) | block 1: scratch | region 0 | region 1 | ...   a region for each role, never moved
+//!   block 0: table (role, length) | block 1: scratch | region 0 | region 1 | ...
+//!                                                      one for each role, never moved
 //! ```
 //! The drivers and a whole store work on it, which shows that the seam has all that a raw device
 //! needs: locations with a base and an end of their own, growth within a fixed region, and one

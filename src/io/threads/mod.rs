@@ -4,7 +4,7 @@
 //! operations to the workers and never makes a system call that waits for the device.
 //!
 //! ```text
-//!   submit --> [overflow] --> bounded channel --> worker: system calls --> channel of completions --> reap
+//!   submit --> [overflow] --> bounded channel --> worker: system calls --> completions --> reap
 //!                                                      \--> wakes the owner's thread, if it waits
 //! ```
 //! Invariants

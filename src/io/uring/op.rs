@@ -1,9 +1,10 @@
 //! An operation in flight, and how it is cut into entries of the ring.
 //!
 //! ```text
-//!   operation: memory (pieces of memory that follow each other in the file)
+//!   operation: ranges of memory that follow each other in the file
 //!       |  cut at 512 KiB
-//!   spans (what one entry transfers) --> an entry: one range, or a list of them --> result: done, or the rest again
+//!   span (what one entry transfers) --> entry: one range, or a list of them --> result --> done
+//!       ^------------------------ a remainder, or the whole again -----------------'
 //! ```
 //! Invariants
 //! 1. The spans of an operation cover each of its bytes once; `pending` counts those whose last
