@@ -1,10 +1,10 @@
 //! The volume that a benchmark works on.
 //!
-//! 1. It is a volume of the benchmark's own, in a store that may have others;
+//! 1. The benchmark has a volume of its own, in a store that may have others;
 //!    [`BenchVolume::clear`] deletes it.
-//! 2. A volume of that name from an earlier run is deleted if all its pages were written by a
-//!    benchmark, and no other.
-//! 3. What each page must hold is in memory: version and patch that its writer was told are there.
+//! 2. A volume of that name from an earlier run is deleted only if a benchmark wrote all its pages.
+//! 3. Memory holds what each page must contain: the version and the patch that were acknowledged to
+//!    its writer.
 
 use corepage::queue::{Op, Queue};
 use corepage::testing::pattern::{self, Label, PAGE};
@@ -14,30 +14,30 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Writes under way while it is prefilled.
+/// Writes in flight while the volume is prefilled.
 const PREFILL_DEPTH: usize = 256;
-/// Between two tries while the store is busy, and two looks at whether it has done something.
+/// The pause between two attempts while the store is busy, and between two checks for completions.
 pub(super) const PAUSE: Duration = Duration::from_millis(5);
-/// Tries before a busy store is an error: about a minute.
+/// Attempts before a busy store is an error: about a minute.
 const TRIES: usize = 12_000;
 /// The volume's name.
 pub const NAME: &str = "corepage-bench";
 
-/// Who the pages are labelled with.
+/// The label of the benchmark's pages.
 const OWNER: u64 = u64::from_le_bytes(*b"bench\0\0\0");
 
-/// Version `version` of page `number`, never patched.
+/// Makes version `version` of page `number`, unpatched.
 pub(super) fn page(number: u64, version: u64) -> Vec<u8> {
     pattern::page(Label { owner: OWNER, number, version })
 }
 
-/// Whether these are the bytes of page `number`, in any version: which version and, if it was
-/// patched, which patch.
+/// Checks that these are the bytes of page `number`, in any version. Returns the version and the
+/// number of the last patch.
 pub(super) fn check(number: u64, bytes: &[u8]) -> Option<(u64, u64)> {
     pattern::check(OWNER, number, bytes)
 }
 
-/// How the store is opened: the command that runs the benchmark can be interrupted meanwhile.
+/// Opens the store; the command that runs the benchmark uses one that can be interrupted.
 pub type Opener = Box<dyn Fn(&Path, Options) -> Result<Store> + Send + Sync>;
 
 /// A store with the volume in it.
@@ -48,17 +48,17 @@ pub struct BenchVolume {
     dir: PathBuf,
     options: Options,
     open: Opener,
-    /// Of each page: its version, and how often it was patched since.
+    /// For each page its version, and how often it was patched since.
     versions: Box<[AtomicU64]>,
     patches: Box<[AtomicU64]>,
 }
 
 impl BenchVolume {
-    /// Opens or makes the store, and a volume of `bytes` bytes in it.
+    /// Opens or creates the store, and creates a volume of `bytes` bytes in it.
     ///
     /// # Errors
-    /// `Invalid`: there is a volume of that name with somebody's data in it; it is left alone. And
-    /// whatever the store says.
+    /// `Invalid`: there is a volume of that name with other data in it, which is left alone. Also
+    /// the errors of the store.
     pub fn make(dir: &Path, options: Options, bytes: u64, open: Opener) -> Result<BenchVolume> {
         let pages = bytes / PAGE as u64;
         let store = open(dir, options.clone())?;
@@ -83,7 +83,7 @@ impl BenchVolume {
         })
     }
 
-    /// Writes every page once. `progress` hears how many are, and can end it.
+    /// Writes every page once. `progress` gets the number of written pages, and can end the run.
     pub fn prefill(&self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         let mut queue = Queue::new(PREFILL_DEPTH)?;
         let (mut next, mut done, mut out, mut again) = (0, 0, Vec::new(), Vec::new());
@@ -117,26 +117,26 @@ impl BenchVolume {
         self.patches[number as usize].load(Ordering::Relaxed)
     }
 
-    /// The store has acknowledged this version; it is not patched.
+    /// Records that the store has acknowledged this version, unpatched.
     pub fn wrote(&self, number: u64, version: u64) {
         self.versions[number as usize].store(version, Ordering::Relaxed);
         self.patches[number as usize].store(0, Ordering::Relaxed);
     }
 
-    /// The store has acknowledged this patch.
+    /// Records that the store has acknowledged this patch.
     pub fn patched(&self, number: u64, count: u64) {
         self.patches[number as usize].store(count, Ordering::Relaxed);
     }
 
-    /// Closes the store, opens it again, and reads every page. `progress` hears how many were.
+    /// Closes the store, opens it again, and reads every page. `progress` gets the number of pages
+    /// read.
     ///
     /// # Errors
-    /// `Corrupt`: a page holds something else than it must; and whatever the store says.
+    /// `Corrupt`: a page does not hold what it must. Also the errors of the store.
     pub fn verify(&mut self, mut progress: impl FnMut(u64) -> Result<()>) -> Result<()> {
         block_on(self.store.close())?;
         self.store = (self.open)(&self.dir, self.options.clone())?;
-        let missing =
-            || Error::new(ErrorKind::Corrupt, "the benchmark's volume is not there any more");
+        let missing = || Error::new(ErrorKind::Corrupt, "the benchmark's volume is gone");
         self.volume = block_on(self.store.volume(NAME))?.ok_or_else(missing)?;
         let bench = &*self;
         let mut scan = bench.volume.scan(PageId::new(0), PageId::new(u64::MAX));
@@ -156,13 +156,13 @@ impl BenchVolume {
             progress(seen)?;
         }
         if seen != bench.pages {
-            let text = format!("{seen} pages are there, of {}", bench.pages);
+            let text = format!("{seen} of {} pages are there", bench.pages);
             return Err(Error::new(ErrorKind::Corrupt, text));
         }
         Ok(())
     }
 
-    /// Deletes the volume, waits until its pages are freed, or `stop` is set, and closes the store.
+    /// Deletes the volume, waits until its pages are freed or `stop` is set, and closes the store.
     pub fn clear(self, stop: &AtomicBool) -> Result<()> {
         let deleted = until_not_busy(|| self.store.delete_volume(NAME));
         while self.store.freeing_count() > 0 && !stop.load(Ordering::Relaxed) {
@@ -171,16 +171,16 @@ impl BenchVolume {
         block_on(self.store.close()).and(deleted)
     }
 
-    /// Closes a store that is removed with all that is in it.
+    /// Closes a store that is then removed with its contents.
     pub fn close(self) -> Result<()> {
         block_on(self.store.close())
     }
 }
 
-/// A fresh volume.
+/// Makes a fresh volume.
 fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
     if let Some(old) = block_on(store.volume(NAME))? {
-        // A benchmark that was killed has left it, or it is somebody's.
+        // Either a benchmark that was killed has left it, or it belongs to a user.
         let mut scan = old.scan(PageId::new(0), PageId::new(u64::MAX));
         while let Some((id, bytes)) = block_on(scan.next())? {
             if check(id.get(), &bytes).is_none() {
@@ -200,7 +200,7 @@ fn prepared(store: &Store, bytes: u64) -> Result<Volume> {
     until_not_busy(|| store.create_volume(NAME, bytes))
 }
 
-/// Asks a busy store again, within bounds.
+/// Repeats a call while the store is busy, a bounded number of times.
 pub(super) fn until_not_busy<T, F: Future<Output = Result<T>>>(ask: impl Fn() -> F) -> Result<T> {
     for _ in 1..TRIES {
         match block_on(ask()) {

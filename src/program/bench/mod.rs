@@ -1,14 +1,14 @@
-//! The benchmarks of the command line: what is done to a store, how fast that was, and whether all
-//! of it is right.
+//! The benchmarks of the command line: they run operations on a store, measure how fast these are,
+//! and verify the results.
 //!
 //! ```text
 //! BenchVolume: a volume, prefilled (every page written, so that nothing is measured that a first write costs)
 //!           └─ run: tasks on shards, or threads with a queue each ──> Outcome: rate, latencies
 //!           └─ verify: closed, opened again, every page against what its only writer was told
 //! ```
-//! 1. Each page has one writer in a run, so that what it must hold is known.
-//! 2. What is measured is what callers see: from before a call until after its answer. What pages
-//!    are made of, and whether they are right, is worked out outside of that.
+//! 1. Each page has one writer in a run, so that its expected content is known.
+//! 2. A measurement covers what callers see: from before a call until after its answer. Making and
+//!    checking pages is not included.
 //! 3. A page that is read is checked against its number and its version's pattern.
 //!
 //! It prints nothing.

@@ -1,10 +1,10 @@
-//! One measurement.
+//! Makes one measurement.
 //!
-//! 1. At most `depth` operations are under way, spread evenly over tasks or threads; each works on
-//!    pages of its own.
-//! 2. An operation counts if it ended within the time; the others are waited for.
-//! 3. The first error ends the run. `Busy` is none: such an operation is asked for again, and its
-//!    time goes on.
+//! 1. At most `depth` operations are in flight, spread evenly over tasks or threads, each of which
+//!    works on pages of its own.
+//! 2. An operation counts if it ends within the time; the others are only waited for.
+//! 3. The first error ends the run. `Busy` is not an error: such an operation is repeated, and its
+//!    time continues.
 
 use super::bench_volume;
 use super::bench_volume::{BenchVolume, PAUSE, until_not_busy};
@@ -23,18 +23,18 @@ use std::time::{Duration, Instant};
 /// The operation that a run repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Pages at random are read.
+    /// Reads random pages.
     Read,
-    /// Pages at random are written whole, each a durable commit.
+    /// Writes whole random pages, each in a durable commit.
     Write,
-    /// 128 bytes of pages at random are written, each a durable commit.
+    /// Writes 128 bytes of random pages, each in a durable commit.
     Commit,
 }
 
 /// Where the operations are called from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallSite {
-    /// Tasks on the shards' own threads: no hop.
+    /// Tasks on the shards' own threads, without a hop.
     Shards,
     /// This many threads.
     Threads(usize),
@@ -45,11 +45,11 @@ pub enum CallSite {
 pub struct Run {
     pub operation: Operation,
     pub call_site: CallSite,
-    /// Operations under way.
+    /// Operations in flight.
     pub depth: usize,
     pub time: Duration,
     pub seed: u64,
-    /// Ends it early.
+    /// Ends the measurement early.
     pub stop: Arc<AtomicBool>,
 }
 
@@ -76,9 +76,9 @@ fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(100, 600_000_000_000, 3).expect("the bounds are in order")
 }
 
-/// The pages that one client draws from at random.
+/// The pages from which one client picks at random.
 struct ClientPages {
-    /// Every `step`th of `pages`, from `first` on.
+    /// The client has every `step`th of these pages, from `first` on.
     pages: Arc<Vec<u64>>,
     first: usize,
     step: usize,
@@ -94,7 +94,7 @@ impl ClientPages {
 }
 
 impl Run {
-    /// Makes it.
+    /// Runs the measurement.
     pub fn measure(&self, bench: &Arc<BenchVolume>) -> Result<Outcome> {
         let pages = self.pages(bench);
         let begun = Instant::now();
@@ -134,7 +134,7 @@ impl Run {
         now < end && !self.stop.load(Ordering::Relaxed)
     }
 
-    /// One has failed: the others need not go on.
+    /// If one client has failed, stops the others.
     fn or_stop<T>(&self, result: Result<T>) -> Result<T> {
         result.inspect_err(|_| self.stop.store(true, Ordering::Relaxed))
     }
@@ -149,7 +149,8 @@ impl Run {
         let mut tasks = Vec::new();
         for (shard, (pages, count)) in pages.into_iter().zip(counts).enumerate() {
             for first in 0..count {
-                // A shard takes so many new tasks at a time, and more when it has begun those.
+                // A shard accepts a limited number of new tasks at a time, and more once it has
+                // begun those.
                 let begun = until_not_busy(|| {
                     let rng = Rng::of(&[self.seed, first as u64]);
                     let client_pages =
@@ -163,7 +164,7 @@ impl Run {
                 tasks.push(self.or_stop(begun));
             }
         }
-        // All of them have ended on return, also after an error.
+        // All of them have ended on return, even after an error.
         let ended: Vec<_> = tasks.into_iter().map(|task| block_on(task?)?).collect();
         ended.into_iter().collect()
     }
@@ -175,7 +176,7 @@ impl Run {
         mut client_pages: ClientPages,
         end: Instant,
     ) -> Result<Histogram<u64>> {
-        // Requests of the task's own shard take no hop then.
+        // Through this handle, requests to the task's own shard take no hop.
         let volume = bench.volume.on(&handle)?;
         let (mut latency, mut now) = (histogram(), Instant::now());
         while self.goes_on(now, end) {
@@ -189,8 +190,8 @@ impl Run {
         Ok(latency)
     }
 
-    /// One operation, asked for again as long as the store is busy: when it was asked for first,
-    /// and when it was answered. `None`: the time was over before.
+    /// Runs one operation, repeatedly as long as the store is busy. Returns when it was first
+    /// submitted and when it was answered, or `None` if the time was over before.
     async fn one(
         &self,
         volume: &Volume<OnShard>,
@@ -200,7 +201,7 @@ impl Run {
     ) -> Result<Option<(Instant, Instant)>> {
         let mut first = None;
         loop {
-            // Made before the time is taken.
+            // Made before the clock is read.
             let changes = (self.operation != Operation::Read)
                 .then(|| vec![(PageId::new(number), next_change(self.operation, bench, number))]);
             let begun = *first.get_or_insert_with(Instant::now);
@@ -245,7 +246,7 @@ impl Run {
         })
     }
 
-    /// One thread: a queue, and for each of its places pages of its own.
+    /// Runs the client of one thread: it has a queue, and pages of its own for each place in it.
     fn client(
         &self,
         bench: &BenchVolume,
@@ -277,7 +278,7 @@ impl Run {
         let mut again = Vec::new();
         while queue.in_flight() > 0 || !again.is_empty() {
             if queue.in_flight() == 0 {
-                // All that was asked for came back.
+                // All submitted operations have completed.
                 std::thread::sleep(PAUSE);
             }
             for place in again.drain(..) {
@@ -285,7 +286,7 @@ impl Run {
                 queue.submit(place, self.op(bench, number))?;
             }
             queue.wait(1, None, &mut out)?;
-            // All of these answers are there now, before the first of them is looked at.
+            // All of these answers have arrived by now, before the first of them is checked.
             let now = Instant::now();
             for Completion { tag, result } in out.drain(..) {
                 let (_, number, begun) = places[tag as usize];
@@ -367,8 +368,8 @@ fn count(latency: &mut Histogram<u64>, begun: Instant, now: Instant, end: Instan
     }
 }
 
-/// Deals `depth` operations to shards with so many pages each: evenly, and no more than a shard has
-/// pages.
+/// Distributes `depth` operations evenly over shards with these numbers of pages, with no more
+/// operations for a shard than it has pages.
 fn shares(depth: usize, pages: &[usize]) -> Vec<usize> {
     let mut counts = vec![0; pages.len()];
     let mut left = depth.min(pages.iter().sum());

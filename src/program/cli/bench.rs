@@ -1,18 +1,19 @@
-//! `corepage bench`: how fast a store is on this machine.
+//! `corepage bench`: measures how fast a store is on this machine.
 //!
 //! ```text
-//! prefill (every page written once) ─> warm ─> measure ─> close, open, verify every page ─> print ─> remove what was made
+//! prefill (write every page once) --> warm --> measure --> close, open, verify every page
+//!   --> print --> remove what was made
 //! ```
-//! 1. It works on a volume of its own, `corepage-bench`, and removes it, after an error or a signal
-//!    too; without `--dir` in a store of its own, which it removes. Only where pages hold what they
-//!    must not does all of it stay, for a look.
-//! 2. Standard output holds results only; progress goes to stderr, and only to a terminal.
-//! 3. A result that could not be verified is no result: exit code 1. One that was is printed,
-//!    whatever happens afterwards: where the volume could not be removed that is a warning, and the
-//!    exit code stays 0.
-//! 4. SIGINT and SIGTERM end it cleanly; a second one at once.
+//! 1. It works on a volume of its own, `corepage-bench`, and removes it, even after an error or a
+//!    signal; without `--dir` it uses a store of its own and removes that. Only if pages have wrong
+//!    contents does everything stay, for examination.
+//! 2. Standard output has results only; progress goes to stderr, and only to a terminal.
+//! 3. A result that could not be verified is not reported: the exit code is 1. A verified one is
+//!    printed whatever happens afterwards: if the volume can't be removed, that is a warning, and
+//!    the exit code stays 0.
+//! 4. SIGINT and SIGTERM end it cleanly; a second one ends it at once.
 
-// How far it is goes by the clock.
+// Progress is measured by the clock.
 #![allow(clippy::disallowed_methods)]
 
 use super::interrupt::Interrupt;
@@ -36,11 +37,11 @@ use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Workload {
-    /// Pages at random are read
+    /// Read random pages
     Read,
-    /// Pages at random are written, each a durable commit
+    /// Write random pages, each in a durable commit
     Write,
-    /// 128 bytes of pages at random are written, each a durable commit
+    /// Write 128 bytes of random pages, each in a durable commit
     Commit,
     /// Reads, then writes, at depths 1, 2, 4 … 256
     QdSweep,
@@ -62,27 +63,30 @@ pub struct Arguments {
     /// volumes are left alone; its files keep the size that the benchmark's own volume needed
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// Size of the volume that is worked on
+    /// Size of the volume that the benchmark uses
     #[arg(long, value_name = "SIZE", value_parser = size::parse_volume, default_value = "512M")]
     size: u64,
-    /// Memory of the store: with less than the size, reads come from the device
+    /// Memory of the store: if it is less than the size, reads come from the device
     #[arg(long, value_name = "SIZE", value_parser = memory::parse_of_store, default_value = "64M")]
     memory: u64,
-    /// Of the data space, how much is to be live before it grows: what overwriting costs depends on
+    /// How much of the data space must be live before it grows: the cost of overwriting depends on
     /// it most. The output says how much is live
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
-    /// Operations under way at a time
-    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    /// Operations in flight at a time
+    #[arg(long, value_name = "N", default_value_t = 32,
+        value_parser = clap::value_parser!(u32).range(1..=65_536))]
     depth: u32,
-    /// Threads that call, with --from thread
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=256))]
+    /// Threads that call the store, with --from thread
+    #[arg(long, value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u32).range(1..=256))]
     clients: u32,
-    /// How long to measure; for qd-sweep at each depth
-    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    /// How long to measure; for qd-sweep, how long at each depth
+    #[arg(long, value_name = "SECONDS", default_value_t = 5,
+        value_parser = clap::value_parser!(u64).range(1..=86_400))]
     seconds: u64,
-    /// Where it is called from
+    /// Where the store is called from
     #[arg(long, value_enum, default_value_t = From::Shard)]
     from: From,
     /// How to print it
@@ -90,11 +94,11 @@ pub struct Arguments {
     format: Format,
 }
 
-/// Before an operation is measured it runs for this part of the time, and no longer than a second.
+/// Before an operation is measured, it runs for this fraction of the time, at most for a second.
 const WARM_PART: u32 = 4;
 const WARM_MAX: Duration = Duration::from_secs(1);
 
-/// Between two looks of the progress at the clock.
+/// The interval at which the progress bar is updated.
 const TICK: Duration = Duration::from_millis(200);
 
 /// Depths of a sweep.
@@ -112,8 +116,8 @@ impl Arguments {
         let needed = (self.depth() as u64 + u64::from(self.clients)) * 4096;
         if self.size < needed {
             return Err(Failure::usage(format_args!(
-                "--size: {} are too little for a depth of {}, each operation under way needs a \
-                 page of its own: {} ({needed}) are the least",
+                "--size: {} are too little for a depth of {}: each operation in flight needs a \
+                 page of its own, so at least {} ({needed}) are needed",
                 size::show(self.size),
                 self.depth(),
                 size::show(needed)
@@ -125,7 +129,7 @@ impl Arguments {
         Ok(())
     }
 
-    /// What is measured, in order.
+    /// The measurements, in order.
     fn steps(&self) -> Vec<(Operation, usize)> {
         let at = |operation| DEPTHS.iter().map(move |depth| (operation, *depth));
         match self.workload {
@@ -142,16 +146,16 @@ struct Point {
     operation: Operation,
     depth: usize,
     outcome: Outcome,
-    /// What the store counted meanwhile.
+    /// What the store counted during the measurement.
     counted: ShardStats,
 }
 
-/// Runs it all.
+/// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     arguments.check()?;
     let interrupt = Interrupt::watch()?;
     let stop = interrupt.flag().clone();
-    // Removed when it goes, however this ends.
+    // The directory is removed when it is dropped, however this ends.
     let (mut own, mut dir) = (None, arguments.dir.clone().unwrap_or_default());
     if arguments.dir.is_none() {
         let made = tempfile::Builder::new().prefix("corepage-bench-").tempdir_in(".");
@@ -182,17 +186,17 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         let dir = own.map_or(dir, tempfile::TempDir::keep);
         let dir = dir.display();
         let text = format_args!(
-            "{error}; all of it is left in {dir} for a look: `corepage verify --dir {dir}`"
+            "{error}; everything is left in {dir}, to be examined: `corepage verify --dir {dir}`"
         );
         return Err(Failure::new(text));
     }
     let bench = Arc::into_inner(bench)
-        .ok_or_else(|| Failure::new("a task of the benchmark has not ended"))?;
+        .ok_or_else(|| Failure::new("a task of the benchmark did not end"))?;
     let printed = outcome
         .map_err(|error| interrupt.explains(error))
         .and_then(|points| print(arguments, &points, &machine, &store));
     if own.is_some() {
-        // All of it goes with its directory.
+        // Everything is removed with its directory.
         bench.close().unwrap_or_else(|error| {
             output::warn(format_args!("the store was not closed cleanly: {error}"))
         });
@@ -223,8 +227,7 @@ fn print(
     output::print(&text)
 }
 
-/// From the first page written to the last one verified. `Corrupt`: some page holds what it must
-/// not.
+/// Prefills, measures and verifies. `Corrupt`: some page has a wrong content.
 fn prefill_and_measure(
     arguments: &Arguments,
     bench: &mut Arc<BenchVolume>,
@@ -242,7 +245,7 @@ fn prefill_and_measure(
     let bench = Arc::get_mut(bench).expect("all that was measured has ended");
     let mut opened = false;
     bench.verify(|done| {
-        // Closing and opening the store took its time, and says nothing about how fast pages are
+        // Restart the clock: closing and opening the store says nothing about how fast pages are
         // read.
         if !std::mem::replace(&mut opened, true) {
             bar.reset_eta();
@@ -257,11 +260,11 @@ fn interrupted() -> Error {
     Error::new(ErrorKind::Closed, "interrupted; there is no result")
 }
 
-/// A bar that goes by the clock: what is measured takes the time that it was given. It goes when
-/// this goes.
+/// A progress bar that follows the clock, since measurements take a fixed time. It disappears when
+/// this is dropped.
 struct Timed {
     bar: ProgressBar,
-    /// Without it the thread ends.
+    /// Dropping it ends the thread.
     ends: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -276,7 +279,7 @@ impl Timed {
                 own.set_position(begun.elapsed().min(length).as_millis() as u64);
             }
         };
-        // Only a terminal gets to see it: elsewhere, or without a thread, it stands still.
+        // Only a terminal shows it: elsewhere, or without a thread, it does not move.
         let shown = !bar.is_hidden();
         let thread = shown
             .then(|| std::thread::Builder::new().name("progress".into()).spawn(tick).ok())
@@ -301,7 +304,7 @@ fn measure(
     let steps = arguments.steps();
     let time = Duration::from_secs(arguments.seconds);
     let warming = WARM_MAX.min(time / WARM_PART);
-    // Each operation is warmed up once.
+    // Each kind of operation is warmed up once.
     let kinds = 1 + steps.windows(2).filter(|pair| pair[0].0 != pair[1].0).count() as u32;
     let _shown = Timed::begin("measuring", time * steps.len() as u32 + warming * kinds);
     let call_site = match arguments.from {
@@ -344,7 +347,7 @@ fn latency(outcome: &Outcome) -> Value {
     })
 }
 
-/// The keys stay; new ones may come.
+/// Existing keys are never changed; new ones may be added.
 fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &str) -> Value {
     let best = points.iter().max_by(|a, b| a.outcome.rate().total_cmp(&b.outcome.rate()));
     let from = if arguments.from == From::Shard { "shard" } else { "thread" };
@@ -353,9 +356,15 @@ fn in_json(arguments: &Arguments, points: &[Point], machine: &Machine, store: &s
         _ => best.map_or("", |best| name(best.operation)),
     };
     let point = |p: &Point| {
-        json!({ "workload": name(p.operation), "depth": p.depth, "ops_per_s": p.outcome.rate(), "operations": p.outcome.operations,
-                "latency_us": latency(&p.outcome), "write_amplification": p.counted.write_amplification(),
-                "live_share": p.counted.live_share() })
+        json!({
+            "workload": name(p.operation),
+            "depth": p.depth,
+            "ops_per_s": p.outcome.rate(),
+            "operations": p.outcome.operations,
+            "latency_us": latency(&p.outcome),
+            "write_amplification": p.counted.write_amplification(),
+            "live_share": p.counted.live_share(),
+        })
     };
     let mut all = json!({
         "workload": workload,
@@ -417,7 +426,7 @@ fn for_people(arguments: &Arguments, points: &[Point], store: &str) -> String {
         }
         None => String::new(),
     };
-    // Of the last point: a sweep ends with writes.
+    // Taken from the last point, since a sweep ends with writes.
     let written = points.last().filter(|point| point.operation != Operation::Read).map_or(
         String::new(),
         |Point { counted, .. }| {

@@ -1,13 +1,12 @@
-//! The other end of a server's control socket.
+//! The client's end of a server's control socket.
 //!
-//! 1. Nothing is waited for without a word: a server that is still opening its store, or that takes
-//!    its time, is said to be so on stderr; one that is stopped, or takes no connections, is an
-//!    error that names its process.
-//! 2. That no server is there is told apart from all that can keep a command from reaching one.
+//! 1. No wait is silent: if a server is still opening its store, or is slow, stderr says so; if it
+//!    is stopped, or takes no connections, that is an error that names its process.
+//! 2. A missing server is distinguished from everything that can keep a command from reaching one.
 //!
-//! Does not know what is asked.
+//! It does *not* know what the requests mean.
 
-// A server is waited for in real time.
+// Waiting for a server takes real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::{Failure, output, size, system};
@@ -21,16 +20,16 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// How long a server may take to have room for one more connection: longer than a busy one ever
+/// How long a server may take to have room for another connection: longer than a busy one ever
 /// takes.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
-/// How long an answer may take: longer than a server itself asks a busy store again.
+/// How long an answer may take: longer than a server itself retries on a busy store.
 const ANSWER_LIMIT: Duration = Duration::from_secs(75);
-/// Between two looks at whether the server is still at work.
+/// The interval between two checks that the server is still at work.
 const LOOK: Duration = Duration::from_secs(1);
-/// How long an answer is waited for without a word.
+/// How long a wait for an answer stays silent.
 const SILENCE: Duration = Duration::from_secs(3);
-/// Between two words about a store that is being opened.
+/// The interval between two checks of a store that is being opened.
 const OPENING_LOOK: Duration = Duration::from_millis(250);
 const OPENING_WORD: Duration = Duration::from_secs(5);
 
@@ -38,17 +37,17 @@ const OPENING_WORD: Duration = Duration::from_secs(5);
 pub struct Connection {
     stream: UnixStream,
     socket: PathBuf,
-    /// The server's process, if it can be seen from here.
+    /// The server's process, if it is visible from here.
     process: Option<i32>,
-    /// What was read beyond the last line.
+    /// Bytes that were read beyond the last line.
     rest: Vec<u8>,
 }
 
 impl Connection {
-    /// Connects; `None`: no server is there.
+    /// Connects. `None` if there is no server.
     ///
     /// # Errors
-    /// A server may be there, and can't be reached.
+    /// There may be a server, but it can't be reached.
     pub fn open(socket: &Path) -> Result<Option<Connection>, Failure> {
         let refused = |error: io::Error| {
             Failure::new(format_args!("the control socket {}: {error}", socket.display()))
@@ -64,7 +63,7 @@ impl Connection {
             {
                 return Ok(None);
             }
-            // The directory is none: whoever opens the store there says that better.
+            // The directory is not a directory: opening the store there reports that better.
             Err(error) if error.kind() == ErrorKind::NotADirectory => return Ok(None),
             Err(error) if error.kind() == ErrorKind::PermissionDenied => {
                 let text = format!(
@@ -75,7 +74,7 @@ impl Connection {
             }
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                 let text = "the server takes no connections: it is stopped, or too many commands \
-                            wait for it already";
+                            already wait for it";
                 return Err(refused(io::Error::new(error.kind(), text)));
             }
             Err(error) => return Err(refused(error)),
@@ -84,7 +83,7 @@ impl Connection {
         Ok(Some(Connection { stream, socket: socket.to_owned(), process, rest: Vec::new() }))
     }
 
-    /// The server, for messages.
+    /// The name of the server in messages.
     pub fn server(&self) -> impl fmt::Display {
         match self.process {
             Some(number) => format!("the server (process {number}) at {}", self.socket.display()),
@@ -92,7 +91,7 @@ impl Connection {
         }
     }
 
-    /// What the server answers, once its store is open.
+    /// Sends a request, and returns the server's answer once its store is open.
     pub fn ask(&mut self, request: &Request) -> Result<Value, Failure> {
         let line = serde_json::to_string(request).map_err(Failure::new)? + "\n";
         let mut said: Option<Instant> = None;
@@ -116,12 +115,12 @@ impl Connection {
         }
     }
 
-    /// One line there and one back.
+    /// Sends one line and receives one.
     fn exchange(&mut self, line: &str) -> Result<Value, Failure> {
         let gone = |error: io::Error| Failure::new(format_args!("the server is gone: {error}"));
         self.stream.set_write_timeout(Some(CONNECT_LIMIT)).map_err(gone)?;
         match self.stream.write_all(line.as_bytes()) {
-            // It has closed the connection, perhaps with a word why.
+            // It has closed the connection, perhaps after a line that says why.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => {}
             written => written.map_err(gone)?,
         }
@@ -131,7 +130,7 @@ impl Connection {
         })
     }
 
-    /// The next line from the server; shorter, if it has closed the connection.
+    /// The next line from the server, which is incomplete if the server has closed the connection.
     fn line(&mut self) -> Result<Vec<u8>, Failure> {
         let (begun, mut has_spoken) = (Instant::now(), false);
         let mut buffer = [0; 4096];
@@ -157,12 +156,12 @@ impl Connection {
         }
     }
 
-    /// Whether an answer is still to be expected.
+    /// Checks that an answer can still be expected.
     fn still_waiting(&self, waited: Duration, has_spoken: &mut bool) -> Result<(), Failure> {
-        let unknown = "whether it was done is not known: see `corepage volume list`";
+        let unknown = "it is not known whether it was done: see `corepage volume list`";
         if self.process.is_some_and(is_stopped) {
             let text =
-                format_args!("{} is stopped; `kill -CONT` lets it go on, {unknown}", self.server());
+                format_args!("{} is stopped; `kill -CONT` resumes it; {unknown}", self.server());
             return Err(Failure::new(text));
         }
         if waited >= ANSWER_LIMIT {
@@ -179,7 +178,7 @@ impl Connection {
     }
 }
 
-/// Connects to a socket, and waits for no longer than [`CONNECT_LIMIT`] for room in its queue.
+/// Connects to a socket, and waits at most [`CONNECT_LIMIT`] for room in its queue.
 fn connect(path: &Path) -> io::Result<UnixStream> {
     let socket = rustix::net::socket_with(
         AddressFamily::UNIX,
@@ -192,10 +191,11 @@ fn connect(path: &Path) -> io::Result<UnixStream> {
     Ok(socket.into())
 }
 
-/// Whether a process is stopped (SIGSTOP, a debugger, a frozen control group shows as running).
+/// Whether a process is stopped by SIGSTOP or a debugger; one in a frozen control group shows as
+/// running.
 fn is_stopped(process: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    // The name of the program may have spaces and parentheses in it.
+    // The program's name may contain spaces and parentheses.
     let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
     matches!(state, Some('T' | 't'))
 }
@@ -215,8 +215,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    /// A server that has too many clients says so and closes, also before it was asked: "broken
-    /// pipe" would help nobody.
+    /// A server that has too many clients says so and closes the connection, even before it gets a
+    /// request: "broken pipe" would help no user.
     #[test]
     fn why_a_server_has_closed_the_connection_is_told() {
         let dir = tempfile::tempdir().unwrap();

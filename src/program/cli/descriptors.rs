@@ -1,17 +1,18 @@
-//! Open files of this process: as many as its connections need.
+//! Raises the limit on open files of this process to what its connections need.
 //!
-//! 1. The soft limit is raised to the hard one. It is low (1,024) only for programs that use
-//!    `select`, and with it a server ran out of descriptors at that many clients.
-//! 2. A hard limit that does not do is said at the start, not to the client that is refused later.
+//! 1. The soft limit is raised to the hard one. It is low (1,024) only for the sake of programs
+//!    that use `select`, and with it a server would run out of descriptors at that many clients.
+//! 2. If the hard limit is too low, the server says so at the start, and not only to a client that
+//!    is refused later.
 
 use crate::program::server::nbd::reserve;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::warn;
 
-/// Files, sockets and rings that are no connections: about 20 for each shard, and some for all.
+/// Files, sockets and rings besides connections: about 20 for each shard, and some for all.
 const OTHERS: u64 = 256;
 
-/// Lets the process have a descriptor for each of `connections`, as far as the hard limit goes.
+/// Allows the process a descriptor for each of `connections`, up to the hard limit.
 pub fn allow(connections: usize) {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
@@ -22,7 +23,7 @@ pub fn allow(connections: usize) {
         warn!(
             limit = now,
             needed,
-            "clients may be refused: the limit of open files is too low for so many connections; \
+            "clients may be refused: the limit on open files is too low for this many connections; \
              raise it (`ulimit -Hn`, LimitNOFILE)"
         );
     }

@@ -1,13 +1,13 @@
-//! `corepage doctor`: what this machine gives, what is made of it, and which commands would make it
-//! better.
+//! `corepage doctor`: reports what this machine offers, how the engine uses it, and which commands
+//! would improve it.
 //!
-//! 1. Exit code 0: a store can run here, maybe slower than it could; 1: it can't, and the table
-//!    says why.
-//! 2. Changes nothing and leaves nothing behind; a store in the directory may be in use meanwhile.
-//! 3. The JSON's keys stay; new ones may come.
+//! 1. Exit code 0: a store can run here, though perhaps slower than it could; 1: it can't, and the
+//!    table says why.
+//! 2. It changes nothing and leaves nothing behind; a store in the directory may be in use.
+//! 3. Existing keys of the JSON are never changed; new ones may be added.
 //!
-//! Commands stand under the table, each on a line of its own however narrow the terminal is, so
-//! that they can be copied.
+//! Commands are printed below the table, each on a line of its own however narrow the terminal is,
+//! so that they can be copied.
 
 use super::{Failure, Format, memory, output, size};
 use comfy_table::{ContentArrangement, LineStyle, Table, TableStyle};
@@ -18,25 +18,24 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Columns if nothing tells how wide the terminal is.
+/// Columns if the width of the terminal is not known.
 const WIDTH_UNKNOWN: u16 = 100;
-/// Below it three columns are too narrow to read, and each subject gets lines of its own.
+/// Below this width three columns are too narrow to read, and each subject gets lines of its own.
 const WIDTH_TABLE_MIN: u16 = 72;
-/// Wider lines are hard to follow.
+/// The most columns: wider lines are hard to follow.
 const WIDTH_MAX: u16 = 120;
 
-/// A line under the head and one at the end.
+/// There is a line below the header and one at the end.
 const STYLE: TableStyle = TableStyle::new()
     .header_separator(LineStyle::none().fill('─').junction('─'))
     .bottom_border(LineStyle::none().fill('─').junction('─'));
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Directory of the store, or where it is to be; need not exist
+    /// Directory of the store, or where it will be; need not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Memory that a server is to take, for example 4G: whether it can be had [default: as of
-    /// `serve`]
+    /// Check whether a server could take this much memory, for example 4G [default: as for `serve`]
     #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
     memory: Option<u64>,
     /// How to print it
@@ -54,7 +53,7 @@ struct Report<'a> {
     findings: &'a [Finding],
 }
 
-/// Looks, and prints.
+/// Probes the machine, and prints the result.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let machine = Machine::look(&arguments.dir);
     let (mut findings, driver) = (machine.advice(), machine.driver());
@@ -78,7 +77,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::from(u8::from(!can_run)))
 }
 
-/// Whether a server gets its memory: what `serve` does with the same argument.
+/// Checks the memory of a server as `serve` would with the same argument.
 fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
     let known =
         |bytes: Option<u64>, what: &str| bytes.map(|bytes| format!("{}{what}", size::show(bytes)));
@@ -108,7 +107,7 @@ fn memory(asked: Option<u64>, room: &AvailableMemory) -> Finding {
     Finding { subject: "memory", level, found: here, used, suggestions }
 }
 
-/// Of the terminal, or what COLUMNS says.
+/// The width of the terminal, or the value of COLUMNS.
 fn width() -> u16 {
     let stdout = std::io::stdout();
     let own = stdout.is_terminal().then(|| rustix::termios::tcgetwinsize(&stdout).ok()).flatten();
@@ -157,7 +156,7 @@ fn table(findings: &[Finding], width: u16) -> String {
     table.trim_fmt() + "\n"
 }
 
-/// For narrow terminals.
+/// The layout for narrow terminals.
 fn stacked(findings: &[Finding], width: u16) -> String {
     let mut out = String::new();
     for finding in findings {
@@ -168,7 +167,7 @@ fn stacked(findings: &[Finding], width: u16) -> String {
     out
 }
 
-/// What would be better, with the commands.
+/// Lists what would be better, with the commands.
 fn commands(findings: &[Finding], width: u16) -> String {
     let mut out = String::new();
     for finding in findings.iter().filter(|finding| !finding.suggestions.is_empty()) {
@@ -182,7 +181,7 @@ fn commands(findings: &[Finding], width: u16) -> String {
     if out.is_empty() { "\n".to_owned() } else { format!("\nWhat would be better:\n{out}\n") }
 }
 
-/// `text` in lines of at most `width`, each after `indent`.
+/// Fills `text` into lines of at most `width`, each after `indent`.
 fn filled(text: &str, indent: &str, width: u16) -> String {
     let mut out = String::new();
     let mut line = indent.to_owned();

@@ -1,17 +1,18 @@
-//! SIGTERM, SIGINT and SIGHUP, for commands that have something to end first; SIGXFSZ, which ends
-//! nothing.
+//! Handles SIGTERM, SIGINT and SIGHUP for commands that have to end something first, and SIGXFSZ,
+//! which ends nothing.
 //!
-//! 1. The first is told to whoever waits, at any time since [`Interrupt::watch`]; none is lost.
-//! 2. SIGTERM and SIGHUP that come again change nothing: supervisors repeat them, and the end that
-//!    is under way is the cleanest there is. A second SIGINT, which a person sends, ends the
-//!    process at once: crash safety is for that. What comes within [`SAME_PRESS`] of the first is
-//!    the same key press, sent on by a shell or a script in between.
+//! 1. The first signal since [`Interrupt::watch`] reaches whoever waits, whenever that is; it is
+//!    never lost.
+//! 2. Further SIGTERM and SIGHUP change nothing: supervisors repeat them, and a clean end is
+//!    already in progress. A second SIGINT, which a person sends, ends the process at once: the
+//!    store is crash-safe. A SIGINT within [`SAME_PRESS`] of the first is the same key press,
+//!    forwarded by a shell or a script in between.
 //! 3. A SIGHUP that was ignored when the process started (`nohup`) stays ignored.
-//! 4. While a store is being opened, the first ends that: no sooner than the device has answered
-//!    what it was asked, and no later.
+//! 4. While a store is being opened, the first signal cancels that, as soon as the device has
+//!    answered the current operations.
 //!
-//! Not here: what is to be done then.
-// When a signal came, as a person sends them, is real time.
+//! What to do about a signal is decided elsewhere.
+// The time between key presses is real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::Failure;
@@ -27,7 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
-/// Between two SIGINT that are meant as two.
+/// The least time between two SIGINT that are meant as two.
 const SAME_PRESS: Duration = Duration::from_millis(500);
 
 #[derive(Default)]
@@ -37,7 +38,7 @@ struct State {
     came: Event,
 }
 
-/// Watches for the signals. Clones are the same watch.
+/// Watches for the signals. Clones share the watch.
 #[derive(Clone)]
 pub(super) struct Interrupt {
     state: Arc<State>,
@@ -45,7 +46,8 @@ pub(super) struct Interrupt {
 }
 
 impl Interrupt {
-    /// From now on the signals end nothing by themselves but a process that was told before.
+    /// Begins to watch: from now on the signals end the process only if it has already received
+    /// one.
     pub(super) fn watch() -> std::io::Result<Interrupt> {
         let interrupt = Interrupt { state: Arc::default(), flag: Arc::default() };
         let mut watched = vec![SIGTERM, SIGINT];
@@ -84,12 +86,12 @@ impl Interrupt {
         &self.flag
     }
 
-    /// The first signal, if it has come.
+    /// The first signal, if there was one.
     pub(super) fn signal(&self) -> Option<i32> {
         Some(self.state.signal.load(Ordering::SeqCst)).filter(|signal| *signal != 0)
     }
 
-    /// Waits for it.
+    /// Waits for the first signal.
     pub(super) async fn wait(&self) -> i32 {
         loop {
             let came = self.state.came.listen();
@@ -100,10 +102,10 @@ impl Interrupt {
         }
     }
 
-    /// Opens a store, unless a signal comes first; `existing`: only one that is there.
+    /// Opens a store, unless a signal arrives first; `existing`: only one that exists.
     ///
     /// # Errors
-    /// `Closed`: a signal came. And as [`Store::open`].
+    /// `Closed`: a signal arrived. Else as [`Store::open`].
     pub(super) fn open(&self, dir: &Path, options: Options, existing: bool) -> Result<Store> {
         let interrupted = async {
             let signal = self.wait().await;
@@ -125,32 +127,34 @@ impl Interrupt {
         ))
     }
 
-    /// The end of a command that could not open its store: of the signal, if that is why.
+    /// The failure of a command that could not open its store, which names the signal if that is
+    /// why.
     pub(super) fn explains(&self, error: Error) -> Failure {
         let signal = self.signal().filter(|_| error.kind() == ErrorKind::Closed);
         Failure { signal, ..Failure::new(error) }
     }
 }
 
-/// A write beyond the limit of file sizes (`ulimit -f`) fails with EFBIG, and is handled like any
-/// other failed write, instead of killing the process. For all commands, before a store is opened.
+/// Makes a write beyond the limit on file sizes (`ulimit -f`) fail with EFBIG, like any other
+/// failed write, instead of killing the process. All commands call this before they open a store.
 pub(super) fn survive_file_size_limit() {
-    // A handler instead of "ignored", which programs that are started from here would inherit.
-    // Where it can't be set, things are as they were.
+    // A handler is set instead of "ignore", which child programs would inherit. If that fails,
+    // nothing changes.
     let _ = signal_hook::flag::register(SIGXFSZ, Arc::default());
 }
 
-/// What a shell shows for a process that a signal has ended.
+/// The exit code that a shell shows for a process that a signal has ended.
 fn code_of(signal: i32) -> i32 {
     128 + signal
 }
 
-/// The first process of a container is not killed by signals that it sends to itself.
+/// Whether this is the first process of a container, which signals that it sends to itself don't
+/// kill.
 fn is_first_process() -> bool {
     std::process::id() == 1
 }
 
-/// Ends the process at once, by the signal that asks for it.
+/// Ends the process at once, by the signal that it received.
 fn end_now(signal: i32) {
     if !is_first_process() {
         let _ = signal_hook::low_level::emulate_default_handler(signal);
@@ -158,8 +162,8 @@ fn end_now(signal: i32) {
     signal_hook::low_level::exit(code_of(signal));
 }
 
-/// Ends the process by `signal`, once all that has a destructor is gone; the exit code for where it
-/// can't.
+/// Ends the process by `signal`, after all destructors have run. Returns the exit code for the case
+/// that it can't.
 pub(super) fn die_of(signal: i32) -> ExitCode {
     if !is_first_process() {
         let _ = signal_hook::low_level::emulate_default_handler(signal);

@@ -1,17 +1,17 @@
-//! The log on stderr: which lines, how many of a kind, and what a panic leaves there.
+//! The log on stderr: which lines are logged, how many of a kind, and what a panic writes there.
 //!
-//! 1. `RUST_LOG` says which lines; a value that can't be meant is refused, not taken for the
-//!    default: whoever set it would look for lines that never come.
-//! 2. Lines of one kind (from one place in the code) are bounded: [`BURST`] at once, then one in
-//!    [`PERIOD`], with the number left out in front of the next one. What is asked for with `debug`
-//!    and `trace` is not bounded.
-//! 3. Nothing that happens to stderr ends or holds up a thread (see `output`).
-//! 4. A panic is one line that says which thread it was and where: it is a bug of the program, and
-//!    a report needs that.
+//! 1. `RUST_LOG` selects the lines. A value that makes no sense is refused and does not mean the
+//!    default: whoever set it would look for lines that never appear.
+//! 2. Lines of one kind (from one place in the code) are limited: [`BURST`] at once, then one in
+//!    each [`PERIOD`], preceded by the number of lines left out. `debug` and `trace` are not
+//!    limited.
+//! 3. Nothing that happens to stderr ends or delays a thread (see `output`).
+//! 4. A panic is one line that names the thread and the place: it is a bug of the program, and a
+//!    report needs both.
 //!
-//! It does not know what is logged.
+//! It does *not* know what the lines mean.
 
-// The log of a running process is in real time.
+// The log of a running process uses real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::Failure;
@@ -32,15 +32,15 @@ use tracing_subscriber::registry::LookupSpan;
 
 /// Lines of a kind at once: enough to see several clients fail, few enough not to fill a disk.
 const BURST: u32 = 10;
-/// After that, one line of the kind in this time.
+/// After the burst, one line of a kind is logged in this time.
 const PERIOD: Duration = Duration::from_secs(10);
 /// Where lines come from, for `RUST_LOG`.
 const TARGETS: [&str; 2] = ["corepage", "glommio"];
 
-/// Begins to log at `level`, or as `RUST_LOG` says.
+/// Begins to log at `level`, or as `RUST_LOG` selects.
 ///
 /// # Errors
-/// `RUST_LOG` is not a filter.
+/// `RUST_LOG` is not a valid filter.
 pub fn start(level: &str) -> Result<(), Failure> {
     let filter = filter(
         std::env::var_os("RUST_LOG").as_deref().map(|text| text.to_string_lossy()).as_deref(),
@@ -49,7 +49,7 @@ pub fn start(level: &str) -> Result<(), Failure> {
     let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
     let ansi = std::io::stderr().is_terminal() && !set("NO_COLOR") && !dumb;
-    // The log library would say on stderr, with a panic if that is broken, that stderr is broken.
+    // If stderr is broken, the log library would report that on stderr, with a panic.
     let subscriber = tracing_subscriber::fmt()
         .fmt_fields(DefaultFields::new())
         .with_env_filter(filter)
@@ -77,7 +77,7 @@ pub fn start(level: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The filter that `RUST_LOG` asks for.
+/// The filter that `RUST_LOG` sets.
 fn filter(text: Option<&str>, level: &str) -> Result<EnvFilter, Failure> {
     let Some(text) = text.filter(|text| !text.trim().is_empty()) else {
         return Ok(EnvFilter::new(level));
@@ -90,8 +90,8 @@ fn filter(text: Option<&str>, level: &str) -> Result<EnvFilter, Failure> {
     for word in
         text.split(',').map(str::trim).filter(|word| !word.contains(['=', '[']) && !word.is_empty())
     {
-        // A word that is no level would be taken for the name of a part of some program, and
-        // nothing of ours be logged.
+        // A word that is not a level would be taken for the name of some module, and none of our
+        // lines would be logged.
         if word.parse::<LevelFilter>().is_err()
             && !TARGETS.iter().any(|target| word.starts_with(target))
         {
@@ -104,15 +104,16 @@ fn filter(text: Option<&str>, level: &str) -> Result<EnvFilter, Failure> {
 /// Lines of one kind.
 #[derive(Clone, Copy, Debug, Default)]
 struct Kind {
-    /// What is left of the burst.
+    /// How much of the burst is used.
     used: u32,
-    /// When the use was last counted down.
+    /// When the use was last reduced.
     since: Duration,
     left_out: u64,
 }
 
 impl Kind {
-    /// One more of them at `now`: `None` if it is too many, else how many were left out before it.
+    /// Counts a line at `now`. Returns `None` if it is one too many, else how many were left out
+    /// before it.
     fn one_more(&mut self, now: Duration) -> Option<u64> {
         let periods = now.saturating_sub(self.since).as_nanos() / PERIOD.as_nanos();
         self.used = self.used.saturating_sub(u32::try_from(periods).unwrap_or(u32::MAX));
@@ -130,16 +131,16 @@ impl Kind {
     }
 }
 
-/// A format for lines that leaves out what is too many of a kind.
+/// A format for lines that leaves out those beyond the limit of their kind.
 struct Bounded<F> {
     format: F,
-    /// As many as there are places in the code that log.
+    /// The state of each kind, as many as there are places in the code that log.
     kinds: Mutex<BTreeMap<usize, Kind>>,
     begun: Instant,
 }
 
 impl<F> Bounded<F> {
-    /// How many lines like this were left out before it; `None`: this one is to be left out.
+    /// How many lines like this were left out before it; `None` if this one must be left out.
     fn admit(&self, event: &Event<'_>) -> Option<u64> {
         if *event.metadata().level() > Level::INFO {
             return Some(0);
@@ -152,7 +153,7 @@ impl<F> Bounded<F> {
     }
 }
 
-/// A number for a place in the code: its address, which is what tells one from another.
+/// A number for a place in the code: its address, which is unique.
 fn number(place: &Identifier) -> usize {
     std::ptr::from_ref(place.0).cast::<()>().addr()
 }
@@ -182,8 +183,8 @@ where
 mod tests {
     use super::*;
 
-    /// A process without descriptors logged ten lines a second until the disk with the log was
-    /// full, too.
+    /// A process that had run out of descriptors once logged ten lines a second until the log's
+    /// disk was full as well.
     #[test]
     fn lines_of_a_kind_are_bounded_and_those_left_out_are_counted() {
         let mut kind = Kind::default();
@@ -197,12 +198,12 @@ mod tests {
         let hour = written(&mut kind, 101, 3600);
         assert!((355..=361).contains(&hour.len()), "{} lines in an hour", hour.len());
         assert!(hour[1..].iter().all(|left_out| *left_out == 99), "{hour:?}");
-        // After a long silence a burst is let through again.
+        // After a long silence a burst is logged again.
         let again = written(&mut kind, 10_000, 1);
         assert_eq!(again.len(), BURST as usize);
     }
 
-    /// Whoever sets RUST_LOG to see what is wrong must not be left looking at the default.
+    /// A user who sets RUST_LOG to see what is wrong must not get the default instead.
     #[test]
     fn a_filter_that_cannot_be_meant_is_refused() {
         for good in [

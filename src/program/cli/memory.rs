@@ -1,30 +1,30 @@
-//! How much memory a server takes: what was asked for, or what suits the machine.
+//! Decides how much memory a server takes: the given amount, or one that suits the machine.
 //!
-//! 1. What can't be had is refused before anything is made: the kernel would kill this process
+//! 1. More than is available is refused before anything is made: the kernel would kill this process
 //!    later, or another one.
-//! 2. Nobody has to give `--memory` for a server to start in a small container: the default is less
-//!    where less can be had.
-//! 3. Sizes in messages are in the units that people type.
+//! 2. A server starts in a small container without `--memory`: the default is smaller where less is
+//!    available.
+//! 3. Messages give sizes in the units that people type.
 //!
-//! It does not know what the memory is for, nor how a server divides it.
+//! It does *not* know what the memory is for, nor how a server divides it.
 
 use super::{Failure, size};
 use corepage::probe::{AvailableMemory, Room};
 
 const MIB: u64 = 1 << 20;
-/// Where it can be had.
+/// The default, where that much is available.
 pub const DEFAULT: u64 = 256 * MIB;
-/// Below it there is too little for pages beside what connections need.
+/// With less there would be too little for pages besides what connections need.
 pub const MIN: u64 = 16 * MIB;
-/// What a process takes besides: its code, threads and rings; as `serve --help` says.
+/// What a process takes on top for its code, threads and rings, as `serve --help` says.
 const PROCESS_BYTES: u64 = 16 * MIB;
 const SHARD_BYTES: u64 = 4 * MIB;
-/// The engine's least for each shard (`Options::memory_bytes`), of which a server gives it seven
-/// eighths of what it has, and all but 4 MiB of that if it has little.
+/// The least memory for each shard (`Options::memory_bytes`). A server gives the engine seven
+/// eighths of its memory, or all but 4 MiB if it has little.
 const SHARD_MEMORY_MIN: u64 = 2 * MIB;
 const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
 
-/// Bytes of an argument `--memory`.
+/// Parses the argument `--memory` of a server.
 pub fn parse(text: &str) -> Result<u64, String> {
     match size::parse(text)? {
         bytes if bytes < MIN => {
@@ -34,7 +34,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Bytes of an argument `--memory` that a store gets whole.
+/// Parses an argument `--memory` that a store gets as a whole.
 pub fn parse_of_store(text: &str) -> Result<u64, String> {
     match size::parse(text)? {
         bytes if bytes < SHARD_MEMORY_MIN => {
@@ -44,10 +44,11 @@ pub fn parse_of_store(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Whether a store can have so much here; a warning if that leaves little to others.
+/// Checks that a store can have this much memory. Returns a warning if that leaves little to other
+/// programs.
 ///
 /// # Errors
-/// It can't.
+/// The store can't have it.
 pub fn check_of_store(bytes: u64, room: &AvailableMemory) -> Result<Option<String>, Failure> {
     let said = |text| {
         format!(
@@ -63,16 +64,17 @@ pub fn check_of_store(bytes: u64, room: &AvailableMemory) -> Result<Option<Strin
     }
 }
 
-/// The least for so many shards.
+/// The least memory for this many shards.
 fn least(shards: u64) -> u64 {
     let engine = SHARD_MEMORY_MIN * shards;
     (engine + CONNECTIONS_BYTES_MIN).max((engine * 8).div_ceil(7).next_multiple_of(MIB)).max(MIN)
 }
 
-/// What a server with so many shards takes, with a warning if that leaves little to others.
+/// The memory that a server with this many shards takes, with a warning if that leaves little to
+/// other programs.
 ///
 /// # Errors
-/// There is too little for the shards, or more was asked for than can be had.
+/// It is too little for the shards, or more than is available.
 pub fn choose(
     asked: Option<u64>,
     shards: Option<u16>,
@@ -88,10 +90,10 @@ pub fn choose(
     }
     let half = room.most().map_or(u64::MAX, |(most, _)| most / 2 / MIB * MIB);
     let bytes = asked.unwrap_or(DEFAULT.min(half).max(least(named)));
-    // As many shards as will be run if nobody names a number.
+    // This is the number of shards that will run if none is given.
     let count = shards.map_or(cores.min(bytes / SHARD_MEMORY_MIN).max(1), u64::from);
     let all = bytes.saturating_add(PROCESS_BYTES + SHARD_BYTES * count);
-    let which = if asked.is_some() { "--memory" } else { "memory (there is no --memory)" };
+    let which = if asked.is_some() { "--memory" } else { "memory (without --memory)" };
     let (bytes_said, rest) = (size::show(bytes), size::show(all - bytes));
     let said = |text| format!("{which}: {bytes_said}, and {rest} for the process: {text}");
     match room.judge(all) {
@@ -119,8 +121,8 @@ mod tests {
         }
     }
 
-    /// More than there is ran until the kernel killed whatever it liked, or left a store of 390 MB
-    /// behind.
+    /// A server with more memory than there is used to run until the kernel killed some process, or
+    /// left a store of 390 MB behind.
     #[test]
     fn what_cannot_be_had_is_refused_and_most_of_it_warned_of() {
         let chosen = |asked, room: &AvailableMemory| choose(Some(asked), Some(2), room);
@@ -151,7 +153,7 @@ mod tests {
         );
     }
 
-    /// A server that was given no memory was killed in a container of 256 MiB, as soon as it was
+    /// A server without `--memory` used to be killed in a container of 256 MiB as soon as it was
     /// used.
     #[test]
     fn the_default_suits_a_small_container() {
@@ -164,7 +166,7 @@ mod tests {
         assert!(choose(None, Some(1), &machine(20 * GIB, Some(30 * MIB))).is_err());
     }
 
-    /// Who types "8M" must not have to divide 16777216 to see what would do.
+    /// A user who types "8M" must not have to divide 16777216 to see what would be enough.
     #[test]
     fn the_least_is_said_in_the_unit_typed() {
         assert!(parse("8M").unwrap_err().contains("16.0 MiB"));

@@ -1,13 +1,14 @@
 //! The command line: arguments in, an exit code out.
 //!
-//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` says 1 for a damaged store and 2
-//!    for one that could not be checked, `doctor` 1 for a machine on which none can run. A command
-//!    that a signal has ended before there was anything to end cleanly dies of that signal.
-//! 2. What went wrong goes to stderr as one line `error: …` that says what to do; results go to
-//!    stdout, logs to stderr.
+//! 1. Exit codes: 0 done, 1 failed, 2 wrong arguments. `verify` returns 1 for a damaged store and 2
+//!    for one that could not be checked, `doctor` 1 for a machine on which no store can run. If a
+//!    signal ends a command before there is anything to end cleanly, the command dies of that
+//!    signal.
+//! 2. A failure goes to stderr as one line `error: …` that says what to do; results go to stdout,
+//!    logs to stderr.
 //! 3. Arguments are checked as a whole before anything is touched.
 //!
-//! Not here: what the commands do.
+//! What the commands do is in files of their own.
 
 mod allocator;
 mod bench;
@@ -62,17 +63,17 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Open a store, make what is missing, and export its volumes until SIGTERM or SIGINT
+    /// Open a store, create what is missing, and export its volumes until SIGTERM or SIGINT
     Serve(serve::Arguments),
-    /// Say what this machine gives, what is made of it, and which commands would make it better
+    /// Report what this machine offers, how it is used, and which commands would improve it
     Doctor(doctor::Arguments),
-    /// List, create, resize and delete volumes, of a served store too
+    /// List, create, resize and delete volumes, even while a server has the store open
     Volume(volume::Arguments),
-    /// Say what a running server does, one line a second
+    /// Show what a running server does, one line a second
     Stat(stat::Arguments),
     /// Measure a store on this machine, and verify what was written
     Bench(bench::Arguments),
-    /// Read a closed store whole and name what is damaged
+    /// Read all of a closed store and name what is damaged
     Verify(verify::Arguments),
 }
 
@@ -95,12 +96,12 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// Something went wrong.
+    /// A failure with exit code 1.
     fn new(text: impl fmt::Display) -> Self {
         Failure { text: text.to_string(), code: 1, signal: None }
     }
 
-    /// The arguments can't be meant like this.
+    /// A failure of the arguments, with exit code 2.
     fn usage(text: impl fmt::Display) -> Self {
         Failure { text: text.to_string(), code: 2, signal: None }
     }
@@ -129,8 +130,8 @@ pub fn main() -> ExitCode {
         Err(failure) => {
             output::STDERR.say(&format!("error: {}\n", failure.text));
             if let Some(signal) = failure.signal {
-                // All that has a destructor is gone. Whoever has sent it sees that it was this that
-                // ended the process.
+                // All destructors have run. The sender of the signal sees that it ended the
+                // process.
                 return interrupt::die_of(signal);
             }
             ExitCode::from(failure.code)
@@ -138,10 +139,10 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Prints the help that was asked for, or what is wrong with the arguments, as `error: …`.
+/// Prints the requested help, or what is wrong with the arguments, as `error: …`.
 fn usage(said: &clap::Error) -> Result<ExitCode, Failure> {
     if said.use_stderr() {
-        // Where stderr takes nothing there is nobody to tell.
+        // If stderr accepts nothing, nothing can be reported.
         let _ = said.print();
         return Ok(ExitCode::from(said.exit_code() as u8));
     }
@@ -150,7 +151,7 @@ fn usage(said: &clap::Error) -> Result<ExitCode, Failure> {
 }
 
 fn run(command: &Command) -> Result<ExitCode, Failure> {
-    // A server says what it does; of the others only what goes wrong matters.
+    // A server logs what it does; the other commands log only what goes wrong.
     logging::start(if matches!(command, Command::Serve(_)) { "info" } else { "warn" })?;
     match command {
         Command::Serve(arguments) => serve::run(arguments),

@@ -1,13 +1,13 @@
-//! What the program prints: results to stdout, complaints and log lines to stderr.
+//! Prints results to stdout, and errors and log lines to stderr.
 //!
-//! 1. A result that can't be written is a failure of the command: `> /dev/full` must not look like
-//!    success. A reader that has gone away (a closed pipe, as of `| head`) is none: it has what it
+//! 1. If a result can't be written, the command fails: `> /dev/full` must not look like success. A
+//!    reader that has gone away (a closed pipe, as with `| head`) is not a failure: it has what it
 //!    wanted.
-//! 2. Nothing that is written to stderr can fail, panic or hold up its caller for longer than
-//!    [`PATIENCE`]: a line that stderr does not take is dropped and counted, and the next line that
-//!    gets through says how many were.
+//! 2. Writing to stderr never fails, panics or delays its caller for longer than [`PATIENCE`]: a
+//!    line that stderr does not accept is dropped and counted, and the next line that gets through
+//!    says how many were dropped.
 //!
-//! It does not know what is printed, nor which lines are too many (see `logging`).
+//! It does *not* know what is printed, nor which lines are too many (see `logging`).
 
 use super::Failure;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -16,20 +16,19 @@ use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-/// How long a line waits for a pipe or a terminal that is full. Once a line was dropped, the
-/// following ones don't wait.
+/// How long a line waits for a full pipe or terminal. Once a line was dropped, the following ones
+/// don't wait.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// What a pipe takes without blocking once `poll` says that it takes anything (`PIPE_BUF`,
-/// pipe(7)).
+/// What a pipe accepts without blocking once `poll` says that it is writable (`PIPE_BUF`, pipe(7)).
 const PIECE_BYTES: usize = 4096;
 
-/// The one way to stderr.
+/// The only way to stderr.
 pub static STDERR: Lines = Lines { lost: Mutex::new(0) };
 
 /// Lines on their way to stderr.
 pub struct Lines {
-    /// Lines dropped since the last one that got through. Held while a line is written: no line is
-    /// cut by another.
+    /// Lines dropped since the last one that got through. Locked while a line is written, so that
+    /// no line interrupts another.
     lost: Mutex<u64>,
 }
 
@@ -57,7 +56,7 @@ impl Lines {
     }
 }
 
-/// For the log, whose lines come whole, each in one call.
+/// Used by the log, which writes each line in one call.
 impl Write for &Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.put(io::stderr(), line);
@@ -78,7 +77,7 @@ fn write_whole(to: impl rustix::fd::AsFd, bytes: &[u8], patience: Duration) -> b
         match poll(&mut event, Some(&limit)) {
             Ok(0) => return false,
             Err(Errno::INTR) => continue,
-            // What `poll` can't tell, the write does.
+            // If `poll` can't tell, the write will.
             Ok(_) | Err(_) => {}
         }
         match rustix::io::write(&to, &left[..left.len().min(PIECE_BYTES)]) {
@@ -91,7 +90,7 @@ fn write_whole(to: impl rustix::fd::AsFd, bytes: &[u8], patience: Duration) -> b
     true
 }
 
-/// A warning that is not a matter of the log level.
+/// Prints a warning whatever the log level is.
 pub fn warn(text: impl std::fmt::Display) {
     STDERR.say(&format!("warning: {text}\n"));
 }
@@ -99,7 +98,7 @@ pub fn warn(text: impl std::fmt::Display) {
 /// Writes a result to stdout.
 ///
 /// # Errors
-/// It could not be written, and nobody can have read it.
+/// It could not be written, so no reader can have it.
 pub fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     written(out.write_all(text.as_bytes()).and_then(|()| out.flush())).map(drop)
@@ -130,14 +129,14 @@ mod tests {
         Lines { lost: Mutex::new(0) }
     }
 
-    /// A server whose log reader stalls would stall with it, in whichever thread has something to
-    /// say; and who reads the log later must see that something is missing.
+    /// A server would stall with its log reader, in whichever thread logs a line; and whoever reads
+    /// the log later must see that lines are missing.
     #[test]
     fn a_full_pipe_drops_lines_and_the_next_one_says_how_many() {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = lines();
         let line = [b'x'; PIECE_BYTES];
-        // Far more than a pipe holds.
+        // Write far more than a pipe holds.
         for _ in 0..100 {
             lines.put(&writer, &line);
         }
@@ -158,8 +157,8 @@ mod tests {
         );
     }
 
-    /// A log line is no reason to end a server (it was: the log library panics when stderr is
-    /// gone).
+    /// A log line must not end a server, as it once did: the log library panics when stderr is
+    /// gone.
     #[test]
     fn a_line_that_nobody_takes_is_dropped() {
         let (reader, writer) = io::pipe().unwrap();
@@ -173,7 +172,7 @@ mod tests {
         }
     }
 
-    /// A script that checks the exit code must learn that its output is not there.
+    /// A script that checks the exit code must learn that its output is missing.
     #[test]
     fn lost_output_is_a_failure_and_a_reader_that_left_is_none() {
         assert!(written(Ok(())).is_ok_and(|there| there));

@@ -1,18 +1,18 @@
-//! How far a command is: a bar on stderr, if that is a terminal.
+//! Shows the progress of a command: a bar on stderr, if that is a terminal.
 //!
-//! 1. What is not known is not said: before anything is done there is no time left to tell.
+//! 1. Nothing unknown is shown: before anything is done there is no estimate of the time left.
 //!
 //! It does *not* know what is being done.
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressState, ProgressStyle};
 use std::fmt::Write;
 
-/// A bar that counts up to `length`. Only a terminal gets to see it.
+/// Makes a bar that counts up to `length`. Only a terminal shows it.
 pub fn bar(what: &'static str, length: u64) -> ProgressBar {
     styled(what, length, "{msg} {wide_bar} {percent} %, {left} left")
 }
 
-/// A bar for bytes that are read.
+/// Makes a bar for bytes that are read.
 pub fn bytes(what: &'static str, length: u64) -> ProgressBar {
     styled(what, length, "{msg} {wide_bar} {bytes} of {total_bytes}, {bytes_per_sec}, {left} left")
 }
@@ -28,6 +28,7 @@ fn styled(what: &'static str, length: u64, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).map(|style| style.with_key("left", left));
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     bar.set_message(what);
-    // On every way out: a bar that is left behind is drawn again below what is said about the end.
+    // Cleared on every exit path: a bar that is left behind would be drawn again below the final
+    // message.
     bar.with_finish(ProgressFinish::AndClear)
 }

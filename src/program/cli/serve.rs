@@ -1,19 +1,21 @@
-//! `corepage serve`: a store, its volumes, and their server, from start to clean end.
+//! `corepage serve`: runs a store, its volumes and their server, from start to clean end.
 //!
 //! ```text
-//! check arguments ─> plan listeners ─> control socket ─> open store ─> make volumes ─> bind ─> serve ─ signal, failure ─> stop ─> close
+//! check arguments --> plan listeners --> control socket --> open store --> make volumes --> bind
+//!   --> serve --signal, failure--> stop --> close
 //! ```
 //!
-//! 1. Up to the opened store a refused start leaves nothing behind; from there on the store is
-//!    closed cleanly on every way out.
-//! 2. The line `listening on …` is printed, and the supervisor told, when clients can connect, and
-//!    not before.
-//! 3. A signal while the store is being opened ends that as soon as the device has answered; the
-//!    process dies of it.
-//! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; which of them ends it at once when it comes again,
-//!    `interrupt` says.
-//! 5. A store that takes no writes any more is no reason to stay: its supervisor starts the server
-//!    again, and opening the store again is what helps. Exit code 1, unless `--on-failure stay`.
+//! 1. Until the store is open, a refused start leaves nothing behind; from then on the store is
+//!    closed cleanly on every exit path.
+//! 2. The line `listening on …` is printed, and the supervisor notified, only when clients can
+//!    connect.
+//! 3. A signal while the store is being opened cancels that as soon as the device has answered; the
+//!    process dies of the signal.
+//! 4. SIGTERM, SIGINT and SIGHUP end it cleanly; `interrupt` says which of them ends it at once
+//!    when repeated.
+//! 5. If the store stops taking writes, the server ends with exit code 1, unless `--on-failure
+//!    stay` is given: the supervisor then starts it again, and opening the store again is the
+//!    remedy.
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
@@ -33,10 +35,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use tracing::{error, info, warn};
 
-/// The volume that a fresh store gets if none is asked for.
+/// The volume that a new store gets if none is requested.
 const DEFAULT_VOLUME: (&str, u64) = ("disk", 1 << 30);
 
-/// The names of the drivers, with what the help says of them.
+/// The names of the drivers, with their help texts.
 fn driver_names() -> impl TypedValueParser<Value = Driver> {
     let name = |name: &'static str, help: &'static str| PossibleValue::new(name).help(help);
     let names = [
@@ -50,12 +52,12 @@ fn driver_names() -> impl TypedValueParser<Value = Driver> {
     PossibleValuesParser::new(names).try_map(|name| name.parse::<Driver>())
 }
 
-/// What to do when the store takes no writes any more.
+/// What to do when the store stops taking writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum OnFailure {
     /// End with exit code 1, for a supervisor that starts the server again
     Exit,
-    /// Go on answering reads; writes fail until the server is started again
+    /// Continue to answer reads; writes fail until the server is restarted
     Stay,
 }
 
@@ -64,54 +66,55 @@ pub struct Arguments {
     /// Directory of the store; made if it does not exist
     #[arg(long, value_name = "DIR", default_value = "./corepage-data")]
     dir: PathBuf,
-    /// Serve only a store that is there, and never make one: for a directory on a disk that may not
+    /// Serve only an existing store, and never create one: for a directory on a disk that may not
     /// be mounted
     #[arg(long)]
     existing: bool,
     /// Memory of the server, 16M or more, for example 512M or 4GiB: seven eighths for pages, page
-    /// map and log, the rest for what clients send and what is sent to them. The process takes up
-    /// to 16 MiB more for its code and its threads, 4 MiB for each shard, and for each 4 MiB of
-    /// data 72 bytes in each shard and 72 bytes once. With io_uring the seven eighths are taken at
-    /// the start, else as they are used. More than can be had is refused [default: 256M, or half of
-    /// what the machine or its control group has left, if that is less]
+    /// map and log, the rest for data sent by and to clients. The process takes up to 16 MiB more
+    /// for its code and its threads, 4 MiB for each shard, and for each 4 MiB of data 72 bytes in
+    /// each shard and 72 bytes once. With io_uring the seven eighths are taken at the start, else
+    /// as they are used. More than is available is refused [default: 256M, or half of what the
+    /// machine or its control group has left, if that is less]
     #[arg(long, value_name = "SIZE", value_parser = memory::parse)]
     memory: Option<u64>,
-    /// Of the data space, how much is to be live before it grows, 30 to 85: lower takes more disk,
-    /// and overwriting is faster
+    /// How much of the data space must be live before it grows, 30 to 85: a lower value takes more
+    /// disk space and makes overwriting faster
     #[arg(long, value_name = "PERCENT", default_value_t = Options::default().fill_percent,
         value_parser = clap::value_parser!(u32).range(30..=85))]
     fill_percent: u32,
     /// How pages reach the disk
     #[arg(long, default_value = "auto", value_parser = driver_names())]
     driver: Driver,
-    /// Cores to run on, one shard on each, for example 0,1 [default: all]
+    /// Cores to run on, with one shard on each, for example 0,1 [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     cores: Option<Vec<usize>>,
-    /// Shards, 1 to 64, if not one on each core; more than cores work, but don't poll. Each needs
-    /// 2M of memory at least
+    /// Shards, 1 to 64, if not one on each core; more shards than cores work, but don't poll. Each
+    /// needs at least 2M of memory
     #[arg(long, value_name = "N")]
     shards: Option<u16>,
-    /// Keep every core busy polling: the lowest latency, at the price of the cores
+    /// Keep every core busy polling: gives the lowest latency, at the cost of the cores
     #[arg(long)]
     poll: bool,
     /// Where to listen: unix:PATH or tcp:HOST:PORT of this machine (port 0: any); may be repeated
     #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:10809")]
     nbd: Vec<Address>,
     /// Connections at a time, 1 to 4096, each with two threads, 16 KiB or more of the memory and up
-    /// to 64 KiB beside it. When all are taken an eighth more is kept for other peers (machines;
-    /// users, on a socket file) than those that took them [default: 128; below 64M of memory one
+    /// to 64 KiB besides. When all are taken, an eighth more is kept for other peers (machines or,
+    /// on a socket file, users) than those that took them [default: 128; below 64M of memory one
     /// for each 512K]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_LIMIT)))]
+    #[arg(long, value_name = "N",
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(CONNECTIONS_LIMIT)))]
     connections: Option<u32>,
-    /// Listen on addresses that other machines can reach, too: without password or encryption, for
+    /// Also listen on addresses that other machines can reach: without password or encryption, for
     /// anyone there
     #[arg(long)]
     allow_remote: bool,
-    /// A volume to make if it does not exist
+    /// A volume to create if it does not exist
     #[arg(long, value_name = "NAME", value_parser = size::parse_name, requires = "size")]
     volume: Option<String>,
     /// Its size, 4K or more, for example 10G: a multiple of 4 KiB below 8 EiB; K, M, G, T (or KB,
-    /// KiB ...) are powers of 1024. A volume that exists keeps the size it has
+    /// KiB ...) are powers of 1024. An existing volume keeps its size
     #[arg(long, value_name = "SIZE", value_parser = size::parse_volume, requires = "volume")]
     size: Option<u64>,
     /// What to do when a write or a flush of the log has failed, or a bug has stopped the store
@@ -125,7 +128,7 @@ impl Arguments {
         self.nbd.iter().filter_map(Address::remote)
     }
 
-    /// What the arguments say together, and how the memory is divided.
+    /// Checks the arguments as a whole. Returns the options, and how the memory is divided.
     fn check(&self) -> Result<(Options, Division), Failure> {
         if let Some(host) = self.remote_hosts().next()
             && !self.allow_remote
@@ -171,7 +174,7 @@ impl Arguments {
 /// Runs until a signal comes.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let (options, division) = arguments.check()?;
-    // First: it has the port, too, and that is not what is wrong.
+    // Checked first: such a server also has the port, which would be a misleading error.
     if let Some(server) = Connection::open(&arguments.dir.join(SOCKET_NAME))? {
         let (server, dir) = (server.server(), arguments.dir.display());
         return Err(Failure::new(format_args!(
@@ -181,8 +184,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let plans =
         arguments.nbd.iter().map(|a| a.plan(&arguments.dir)).collect::<Result<Vec<_>, _>>()?;
     descriptors::allow(division.connections_max);
-    // Before the store is open, so that no signal can end the process in between without closing
-    // it.
+    // Watch before the store is open, so that no signal can end the process in between without
+    // closing the store.
     let interrupt = Interrupt::watch()?;
     supervisor::opening();
     let made = if arguments.existing {
@@ -210,7 +213,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits for a signal, or for the end of the store.
+/// Waits for a signal, or for a failure of the store.
 fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(), Failure> {
     let failed =
         block_on(or(async { Err(store.failed().await) }, async { Ok(interrupt.wait().await) }));
@@ -218,7 +221,7 @@ fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(
         match arguments.on_failure {
             OnFailure::Exit => return Err(Failure::new(error)),
             OnFailure::Stay => {
-                error!(%error, "writes fail from now on; reads are still answered, as --on-failure stay asks for")
+                error!(%error, "writes fail from now on; reads are still answered (--on-failure stay)")
             }
         }
     }
@@ -260,25 +263,27 @@ fn serve(
     outcome
 }
 
-/// The control socket, which is there before the store is open: a command that comes meanwhile can
-/// be told so. A server without one serves all the same.
+/// Opens the control socket, before the store is open, so that a command that connects meanwhile
+/// gets an answer. A server without a control socket still serves.
 fn control(dir: &Path) -> Option<Control> {
     if !dir.is_dir() {
-        // Opening the store says why.
+        // Opening the store reports why.
         return None;
     }
     let started = Place::bind(dir).and_then(Control::start);
     started
-        .inspect_err(|error| warn!(%error, "there is no control socket: `stat` and `volume` can't reach this server"))
+        .inspect_err(
+            |error| warn!(%error, "no control socket: `stat` and `volume` can't reach this server"),
+        )
         .ok()
 }
 
-/// Directories that were made for a store.
+/// The directories that were made for a store.
 struct Directories(Vec<PathBuf>);
 
 impl Directories {
-    /// Makes `dir` and what is missing above it; opening the store makes that durable, and says
-    /// what is wrong if it can't.
+    /// Makes `dir` and its missing parents. Opening the store makes them durable, or reports what
+    /// is wrong.
     fn make(dir: &Path) -> Directories {
         let missing =
             dir.ancestors().take_while(|above| !above.as_os_str().is_empty() && !above.exists());
@@ -288,18 +293,18 @@ impl Directories {
         Directories(made.collect())
     }
 
-    /// Removes them again, those that are empty.
+    /// Removes those of them that are empty.
     fn remove(self) {
         self.0.iter().rev().for_each(|dir| drop(std::fs::remove_dir(dir)));
     }
 }
 
-/// All volumes, with the one that was asked for, or a first one.
+/// Returns all volumes, after creating the requested one, or a first one.
 fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure> {
     let volumes = block_on(store.volumes())?;
     let (name, bytes) = match (&arguments.volume, arguments.size) {
         (Some(name), Some(bytes)) => (name.as_str(), bytes),
-        // Not where all were deleted.
+        // A store in which all volumes were deleted gets none.
         _ if volumes.is_empty() && store.recovery().recovered_lsn.get() == 0 => DEFAULT_VOLUME,
         _ => return Ok(volumes),
     };
@@ -309,12 +314,12 @@ fn volumes(arguments: &Arguments, store: &Store) -> Result<Vec<Volume>, Failure>
             Ok(block_on(store.volumes())?)
         }
         Some(volume) => {
-            // Resized since its unit file was written: no reason to keep the service down, and no
-            // order to resize it.
+            // It was resized since its unit file was written: that must neither keep the service
+            // down nor resize it back.
             if volume.bytes() != bytes {
                 let (has, said) = (size::show(volume.bytes()), size::show(bytes));
                 warn!(
-                    "the volume {name} has {has}, not {said} as --size says; it is left as it is \
+                    "the volume {name} has {has}, not {said} as --size says; it keeps its size \
                      (`corepage volume resize`)"
                 );
             }
@@ -330,8 +335,8 @@ fn listening(listeners: &[Listener], volumes: &[Volume]) -> Vec<String> {
     listeners.iter().map(|l| format!("listening on {l} (volumes: {})", names.join(", "))).collect()
 }
 
-/// Says what was found and where clients can connect. A stdout that takes nothing is no reason to
-/// stop serving.
+/// Reports what was found and where clients can connect. The server continues even if stdout can't
+/// be written.
 fn report(dir: &Path, store: &Store, lines: &[String]) {
     let text = format!(
         "store {}: {}; {}\n{}\n",

@@ -1,24 +1,24 @@
-//! Sizes and names of volumes as people write them: `64M`, `1GiB`, `4096`.
+//! Parses sizes and names of volumes as people write them: `64M`, `1GiB`, `4096`.
 //!
 //! 1. K, M, G, T, P and E are powers of 1024, with or without `iB` or `B`: `10G`, `10GB` and
-//!    `10GiB` are the same, as in the settings of PostgreSQL. What is done with a size is therefore
-//!    told in GiB, or to the byte.
+//!    `10GiB` are the same, as in the settings of PostgreSQL. Messages therefore give sizes in GiB,
+//!    or to the byte.
 //! 2. The size of a volume is a multiple of 4,096 bytes below 2^63: clients keep sizes and offsets
-//!    as signed 64-bit numbers. What is refused comes with the next sizes that are right.
+//!    as signed 64-bit numbers. A refusal names the nearest valid sizes.
 //!
-//! Apart from volumes it does not judge whether a size makes sense.
+//! Except for volumes, it does *not* judge whether a size makes sense.
 
 pub use corepage::probe::human_bytes as show;
 use parse_size::{Config, Error};
 
-/// Units of a volume's size: pages.
+/// The unit of a volume's size: a page.
 const PAGE: u64 = 4096;
 /// The largest volume: whole pages, below 2^63.
 const VOLUME_BYTES_MAX: u64 = (1 << 63) - PAGE;
 /// The longest name of a volume.
 const NAME_BYTES_MAX: usize = 255;
 
-/// Bytes of `text`.
+/// Parses `text` as a number of bytes.
 pub fn parse(text: &str) -> Result<u64, String> {
     let what = match Config::new().with_binary().parse_size(text) {
         Ok(bytes) => return Ok(bytes),
@@ -32,7 +32,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
     ))
 }
 
-/// The size of a volume.
+/// Parses the size of a volume.
 pub fn parse_volume(text: &str) -> Result<u64, String> {
     let bytes = parse(text)?;
     if bytes > VOLUME_BYTES_MAX {
@@ -52,7 +52,7 @@ pub fn parse_volume(text: &str) -> Result<u64, String> {
     Err(format!("{bytes} bytes are no multiple of 4096: use {next}"))
 }
 
-/// The name of a volume.
+/// Parses the name of a volume.
 pub fn parse_name(text: &str) -> Result<String, String> {
     if text.chars().any(char::is_control) {
         return Err("a name of a volume has no control characters".into());
@@ -70,8 +70,8 @@ pub fn parse_name(text: &str) -> Result<String, String> {
 mod tests {
     use super::*;
 
-    /// A volume 7 % smaller than the image that is to go in is found out only at the end of the
-    /// copy.
+    /// If a volume is 7 % smaller than the image that it should hold, that shows only at the end of
+    /// the copy.
     #[test]
     fn a_gigabyte_is_what_other_block_device_tools_call_one() {
         for text in ["1G", "1GiB", "1 GiB", "1g", "1GB", "1024M", "1073741824"] {
@@ -91,8 +91,8 @@ mod tests {
         );
     }
 
-    /// Clients take a size from 2^63 on for a negative one; and a refusal that does not say what is
-    /// right is a riddle.
+    /// Clients take a size of 2^63 or more for a negative one; and a refusal must say what would be
+    /// valid.
     #[test]
     fn sizes_of_volumes_are_refused_with_those_that_are_right() {
         assert_eq!(parse_volume("10G"), Ok(10 << 30));
@@ -109,8 +109,8 @@ mod tests {
         }
     }
 
-    /// A name that no volume can have must not be sent to a server, whose answer would be about its
-    /// length in the protocol.
+    /// An invalid name must not be sent to a server, whose answer would be about its length in the
+    /// protocol.
     #[test]
     fn names_that_no_volume_can_have_are_refused_in_words_about_names() {
         assert_eq!(parse_name(&"ü".repeat(127)), Ok("ü".repeat(127)));

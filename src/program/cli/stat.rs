@@ -1,9 +1,9 @@
-//! `corepage stat`: what a running server does, one line a second.
+//! `corepage stat`: shows what a running server does, one line a second.
 //!
-//! 1. Each line is of the second before it.
-//! 2. JSON lines hold everything that the server tells; the table what fits into a line.
+//! 1. Each line describes the second before it.
+//! 2. JSON lines have everything that the server reports; the table has what fits into a line.
 
-// A line a second is real time.
+// A line a second takes real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::control::Connection;
@@ -15,27 +15,27 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Lines between two heads.
+/// Lines between two headers.
 const HEAD_EVERY: u64 = 20;
 
-/// Commits that are answered when they are durable stand apart from those that are buffered: a
-/// flush lies between them.
+/// Commits that are answered when they are durable have columns apart from buffered ones: the
+/// difference is a flush.
 const HEAD: &str = "  reads commits    dev read     dev write    hit    read us     buffered us    durable us   \
      commits  check-  extents\n\x20    /s      /s  MiB/s     /s  MiB/s     /s    %   P50    P99    \
      P50    P99    P50    P99  /flush  points free/all\n";
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// Directory of the store whose server is asked
+    /// Directory of the store whose server to ask
     #[arg(long, value_name = "DIR", default_value = "./corepage-data", conflicts_with = "connect")]
     dir: PathBuf,
     /// The control socket of the server
     #[arg(long, value_name = "SOCKET")]
     connect: Option<PathBuf>,
-    /// Lines to print [default: without end]
+    /// Lines to print [default: no limit]
     #[arg(long, value_name = "N")]
     count: Option<u64>,
-    /// A line for each shard, after the one for all
+    /// Print a line for each shard, after the one for all
     #[arg(long)]
     shards: bool,
     /// How to print it
@@ -43,7 +43,7 @@ pub struct Arguments {
     format: Format,
 }
 
-/// Prints until it has printed enough, or the server or whoever reads is gone.
+/// Prints until it has printed all lines, or the server or the reader is gone.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let socket = arguments.connect.clone().unwrap_or_else(|| arguments.dir.join(SOCKET_NAME));
     let mut connection = Connection::open(&socket)?.ok_or_else(|| {
@@ -53,7 +53,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             socket.display()
         ))
     })?;
-    // From here on.
+    // The first answer is the baseline.
     let request = Request::Stats { shards: arguments.shards };
     connection.ask(&request)?;
     let mut out = std::io::stdout();
@@ -66,14 +66,15 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
             Format::Human => lines(&told),
         };
         if !output::written(out.write_all(text.as_bytes()).and_then(|()| out.flush()))? {
-            // Nobody reads any more.
+            // The reader is gone.
             break;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// One for all, and those of the shards that were asked for, with their numbers behind.
+/// Returns the line for all shards, and those of single shards, if requested, with their numbers at
+/// the end.
 fn lines(told: &Value) -> String {
     let seconds = told["seconds"].as_f64().unwrap_or(1.0).max(0.001);
     let shards = told["shards"].as_array().map(Vec::as_slice).unwrap_or_default();
@@ -91,7 +92,7 @@ fn line(told: &Value, seconds: f64) -> String {
         0 => "-".into(),
         stored => format!("{:.0}", 100.0 * count("cache_hits") as f64 / stored as f64),
     };
-    // Without a flush of the log there is nothing to share one.
+    // Without a flush of the log there is no ratio.
     let per_flush = match count("log_flushes") {
         0 => "-".into(),
         _ => format!("{:.1}", told["commits_per_flush"].as_f64().unwrap_or(0.0)),

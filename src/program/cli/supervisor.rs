@@ -1,14 +1,13 @@
-//! What a supervisor is told (sd_notify(3)): that the server is ready, what it does, and that it is
+//! Notifies a supervisor (sd_notify(3)) that the server is ready, what it does, and that it is
 //! about to end.
 //!
-//! 1. Without a supervisor that asks for it (`NOTIFY_SOCKET`, as `Type=notify` sets it) nothing is
-//!    done.
-//! 2. A supervisor that can't be told is no reason not to serve; it decides itself what to make of
-//!    silence. It is waited for no longer than [`PATIENCE`].
-//! 3. A message is never longer than what a supervisor takes: systemd ignores one that is, and with
-//!    it `READY=1`.
+//! 1. Nothing is done unless a supervisor requests it (`NOTIFY_SOCKET`, which `Type=notify` sets).
+//! 2. The server still serves if the supervisor can't be notified; the supervisor decides what
+//!    silence means. A message waits at most [`PATIENCE`].
+//! 3. A message is never longer than a supervisor accepts: systemd ignores longer ones, and with
+//!    them `READY=1`.
 //!
-//! It does not read anything from a supervisor.
+//! It does *not* read anything from a supervisor.
 
 use rustix::io::Result;
 use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -16,22 +15,22 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
-/// The longest message: systemd takes `PIPE_BUF` bytes.
+/// The longest message: systemd accepts `PIPE_BUF` bytes.
 const BYTES_MAX: usize = 4000;
-/// How long a supervisor may take to have room for one more message.
+/// How long a supervisor may take to have room for another message.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// Clients can connect.
+/// Notifies it that clients can connect.
 pub fn ready(serving: &str) {
     tell(&format!("READY=1\nSTATUS=serving {serving}"));
 }
 
-/// What goes on before that.
+/// Notifies it that the store is being opened.
 pub fn opening() {
     tell("STATUS=opening the store");
 }
 
-/// The end has begun.
+/// Notifies it that the server is ending.
 pub fn stopping() {
     tell("STOPPING=1\nSTATUS=closing the store");
 }
@@ -41,11 +40,11 @@ fn tell(state: &str) {
         return;
     };
     if let Err(error) = send(&name, shortened(state)) {
-        tracing::warn!(%error, "the supervisor at NOTIFY_SOCKET can't be told");
+        tracing::warn!(%error, "the supervisor at NOTIFY_SOCKET can't be notified");
     }
 }
 
-/// As much of it as a supervisor takes.
+/// As much of the message as a supervisor accepts.
 fn shortened(state: &str) -> &str {
     &state[..state.floor_char_boundary(BYTES_MAX)]
 }
@@ -70,8 +69,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixDatagram;
 
-    /// A store with many volumes was served by a unit that its supervisor never took for started,
-    /// and ended after a while.
+    /// A supervisor once never took a unit that served many volumes for started, and ended it after
+    /// a while.
     #[test]
     fn a_message_is_never_longer_than_a_supervisor_takes() {
         assert_eq!(shortened("READY=1"), "READY=1");
@@ -79,8 +78,8 @@ mod tests {
         assert!(shortened(&long).len() <= BYTES_MAX && long.starts_with(shortened(&long)));
     }
 
-    /// When a machine starts, a supervisor hears from many at a time; one whose message is lost
-    /// never gets ready.
+    /// When a machine starts, a supervisor gets many messages at a time; a service whose message is
+    /// lost never becomes ready.
     #[test]
     #[allow(clippy::disallowed_methods, reason = "the sender is to come first")]
     fn a_supervisor_with_a_full_queue_is_waited_for() {

@@ -1,15 +1,15 @@
 //! `corepage verify`: reads a closed store whole and names what is damaged.
 //!
-//! 1. Exit code 0: every byte the store refers to was read and is the one written; 1: something is
-//!    damaged, and the list says what; 2: it could not be checked (no store there, in use, no right
-//!    to read it), or the answer could not be written.
-//! 2. Standard output holds the result only; how far it is goes to stderr: a bar to a terminal,
-//!    lines if they are asked for.
-//! 3. The JSON's keys stay; new ones may come.
+//! 1. Exit code 0: every byte that the store refers to was read and is as it was written; 1:
+//!    something is damaged, and the list says what; 2: the store could not be checked (there is
+//!    none, it is in use, or may not be read), or the answer could not be written.
+//! 2. Standard output has only the result; progress goes to stderr: a bar to a terminal, lines if
+//!    requested.
+//! 3. Existing keys of the JSON are never changed; new ones may be added.
 //!
-//! Changes nothing, and repairs nothing.
+//! It changes and repairs nothing.
 
-// How fast it goes is real time.
+// Its speed is measured in real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::{Failure, Format, output, progress, size};
@@ -22,9 +22,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-/// The exit code of a store that could not be checked.
+/// The exit code if the store could not be checked.
 const UNCHECKED: u8 = 2;
-/// Between two lines that say how far it is.
+/// The interval between two lines of progress.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
@@ -35,12 +35,12 @@ pub struct Arguments {
     /// How to print it
     #[arg(long, value_enum, default_value_t = Format::Human)]
     format: Format,
-    /// Say every five seconds how far it is, on stderr, also where that is no terminal
+    /// Report the progress on stderr every five seconds, even if that is not a terminal
     #[arg(long)]
     progress: bool,
 }
 
-/// Prints what was found.
+/// Verifies, and prints the result.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let begun = Instant::now();
     let mut shown = Shown::new(arguments.progress, begun);
@@ -51,7 +51,8 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         Ok(report) => report,
         Err(error) => {
             if arguments.format == Format::Json {
-                let all = json!({ "state": "unchecked", "dir": arguments.dir, "error": error.to_string() });
+                let error = error.to_string();
+                let all = json!({ "state": "unchecked", "dir": arguments.dir, "error": error });
                 output::print(&in_lines(&all)?).map_err(unchecked)?;
             }
             return Err(unchecked(error.into()));
@@ -66,7 +67,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if !report.is_whole() {
         let dir = arguments.dir.display();
         let text = format!(
-            "the store {dir} is damaged: the list says what that affects and what mends it"
+            "the store {dir} is damaged: the list says what that affects and how to repair it"
         );
         return Err(Failure::new(match printed {
             Ok(()) => text,
@@ -94,9 +95,16 @@ fn in_lines(value: &Value) -> Result<String, Failure> {
 
 fn in_json(arguments: &Arguments, report: &VerifyReport, bytes_read: u64, took: Duration) -> Value {
     let damage = |damage: &Damage| {
-        json!({ "structure": damage.structure, "file": damage.file.to_string(), "offset": damage.offset,
-                "what": damage.what, "affects": damage.affects, "volume_bytes": damage.bytes,
-                "mend": damage.mend.name(), "mended_by": damage.mend.to_string() })
+        json!({
+            "structure": damage.structure,
+            "file": damage.file.to_string(),
+            "offset": damage.offset,
+            "what": damage.what,
+            "affects": damage.affects,
+            "volume_bytes": damage.bytes,
+            "mend": damage.mend.name(),
+            "mended_by": damage.mend.to_string(),
+        })
     };
     json!({
         "state": if report.is_whole() { "whole" } else { "damaged" },
@@ -114,10 +122,10 @@ fn in_json(arguments: &Arguments, report: &VerifyReport, bytes_read: u64, took: 
     })
 }
 
-/// How far it is, for whoever watches.
+/// Shows the progress.
 struct Shown {
     terminal: bool,
-    /// Once something can be said.
+    /// `None` until there is something to show.
     bar: Option<ProgressBar>,
     lines: bool,
     begun: Instant,
@@ -141,11 +149,12 @@ impl Shown {
     fn tell(&mut self, progress: VerifyProgress) {
         self.last = progress;
         let VerifyProgress { bytes_done: done, bytes_total: total, .. } = progress;
-        // Until it is known how much there is nothing can be said of a part.
+        // Nothing can be shown until the total is known.
         if total == 0 {
             return;
         }
-        // A store that was damaged, or not closed cleanly, may have more to read than it says.
+        // A store that is damaged, or was not closed cleanly, may have more to read than it
+        // reports.
         let total = total.max(done);
         if self.terminal {
             let bar = self.bar.get_or_insert_with(|| progress::bytes("verifying", total));
@@ -167,7 +176,7 @@ impl Shown {
         }
     }
 
-    /// Bytes that were read.
+    /// Ends the display. Returns the number of bytes read.
     fn end(self) -> u64 {
         self.bar.inspect(ProgressBar::finish_and_clear);
         self.last.bytes_done

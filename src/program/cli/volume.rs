@@ -1,12 +1,12 @@
-//! `corepage volume`: lists, makes, resizes and deletes volumes.
+//! `corepage volume`: lists, creates, resizes and deletes volumes.
 //!
-//! 1. If a server has the store open, it is asked through its control socket; else the store is
-//!    opened here, and closed cleanly. Listing only reads: no file is made or written, whoever
-//!    asks.
-//! 2. What loses data needs `--yes`, or a yes at the terminal.
-//! 3. A volume is deleted, or smaller, once that is durable: this is said, whatever becomes of
-//!    freeing its pages. A server frees them in the background. In a store opened here they are
-//!    waited for; SIGINT and SIGTERM end that, the next open of the store goes on with it.
+//! 1. If a server has the store open, the command asks it through its control socket; else it opens
+//!    the store itself, and closes it cleanly. Listing only reads: no file is made or written.
+//! 2. An action that loses data needs `--yes`, or a yes at the terminal.
+//! 3. A volume is deleted, or shortened, once that is durable: the command reports this, whatever
+//!    happens to the freeing of its pages. A server frees them in the background. For a store that
+//!    it has opened itself, the command waits for that; SIGINT and SIGTERM end the wait, and the
+//!    next open of the store continues.
 
 use super::control::Connection;
 use super::interrupt::Interrupt;
@@ -32,7 +32,7 @@ pub struct Arguments {
 
 #[derive(Debug, clap::Subcommand)]
 enum Action {
-    /// Make a volume; all of it reads as zeros, and takes no space yet
+    /// Create a volume; all of it reads as zeros, and takes no space yet
     Create {
         /// Its name: up to 255 bytes, no control characters
         #[arg(value_parser = size::parse_name)]
@@ -56,24 +56,24 @@ enum Action {
         /// Its new size, for example 20G: a multiple of 4 KiB below 8 EiB
         #[arg(value_parser = size::parse_volume)]
         size: u64,
-        /// Lose what is beyond the new end without asking
+        /// Lose the data beyond the new end without asking
         #[arg(long)]
         yes: bool,
     },
-    /// Delete a volume with all that is in it. A server frees its pages in the background (`stat
-    /// --format json` counts such volumes); without one this waits for it, unless it is
-    /// interrupted: then the next start goes on
+    /// Delete a volume with all its data. A server frees its pages in the background (`stat
+    /// --format json` counts such volumes); without a server this command waits for that, unless it
+    /// is interrupted: then the next start continues
     Delete {
         /// Its name
         #[arg(value_parser = size::parse_name)]
         name: String,
-        /// Without asking
+        /// Delete without asking
         #[arg(long)]
         yes: bool,
     },
 }
 
-/// Where the store is: open elsewhere, or here.
+/// Where the store is open: in a server, or here.
 enum Access {
     Server(Connection),
     Own(Store, Interrupt),
@@ -96,9 +96,10 @@ impl Access {
                 dir.display()
             )));
         }
-        // Only now: a command that waits for a server is ended by a signal as ever.
+        // Watch only from now on: a signal ends a command that waits for a server as usual.
         let interrupt = Interrupt::watch()?;
-        // With as many shards as it has: each more would get log files of its own.
+        // Open it with as many shards as it has: each additional one would get log files of its
+        // own.
         let shards = corepage::inspect(dir).ok().map(|found| found.shards);
         let options = Options { shards, ..Options::default() };
         let store =
@@ -119,7 +120,7 @@ impl Access {
             .map_err(|error| Failure::new(format_args!("the server answers oddly: {error}")))
     }
 
-    /// Waits until what was deleted takes no space any more.
+    /// Waits until the pages of what was deleted are freed.
     fn wait_freed(&self) -> Result<(), Failure> {
         let Access::Own(store, interrupt) = self else { return Ok(()) };
         let freed = async {
@@ -133,23 +134,23 @@ impl Access {
         let interrupted = async {
             interrupt.wait().await;
             Err(Failure::new(
-                "interrupted: the rest of its pages is freed when the store is opened next",
+                "interrupted: the rest of its pages is freed when the store is next opened",
             ))
         };
         block_on(or(freed, interrupted))
     }
 
-    /// Asks whether data may be lost. A signal is an answer: nothing is done then.
+    /// Asks whether data may be lost. A signal counts as a no.
     fn confirm(&self, yes: bool, what: &str) -> Result<(), Failure> {
         if yes {
             return Ok(());
         }
         if !std::io::stdin().is_terminal() {
-            return Err(Failure::usage(format_args!("{what}: say --yes if that is meant")));
+            return Err(Failure::usage(format_args!("{what}: confirm that with --yes")));
         }
         output::STDERR.say(&format!("{what}. Go on? [y/N] "));
         let answer = match self {
-            // Signals end the command as ever: no store is open in it.
+            // Signals end the command as usual, since it has no store open.
             Access::Server(_) => read_answer()?,
             Access::Own(_, interrupt) => block_on(or(async { Ok(typed().await?) }, async {
                 let signal = Some(interrupt.wait().await);
@@ -170,7 +171,7 @@ impl Access {
     }
 }
 
-/// The volumes of a store that no server has open, by reading only.
+/// Lists the volumes of a store that no server has open, by reading only.
 fn look(dir: &Path) -> Result<Vec<VolumeLine>, Failure> {
     let found = corepage::inspect(dir)?;
     if !found.clean {
@@ -187,7 +188,7 @@ fn look(dir: &Path) -> Result<Vec<VolumeLine>, Failure> {
     Ok(found.volumes.into_iter().map(line).collect())
 }
 
-/// Does it.
+/// Runs the command.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     if let Action::List { format } = arguments.action
         && Connection::open(&arguments.dir.join(SOCKET_NAME))?.is_none()
@@ -225,7 +226,8 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
             format!("{name} has {} now ({size} bytes)\n", size::show(*size))
         }
         Action::Delete { name, yes } => {
-            // A name that is not there has nothing to lose: what there is instead is said below.
+            // If there is no such volume, nothing can be lost: the error below names those that
+            // exist.
             if access.volumes()?.iter().any(|volume| volume.name == *name) {
                 access.confirm(*yes, &format!("{name} and all that is in it will be lost"))?;
             }
@@ -264,8 +266,8 @@ fn read_answer() -> std::io::Result<String> {
     Ok(answer)
 }
 
-/// The answer, read on a thread of its own: only a key ends that read, and a signal must not wait
-/// for one.
+/// Reads the answer on a thread of its own: only a key ends that read, and a signal must not wait
+/// for a key.
 async fn typed() -> std::io::Result<String> {
     let cell = std::sync::Arc::new(async_lock::OnceCell::new());
     let own = cell.clone();

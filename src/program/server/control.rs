@@ -1,5 +1,5 @@
-//! The control socket of a running server: figures, and volumes made, resized and deleted while
-//! they are served.
+//! The control socket of a running server: it reports figures, and creates, resizes and deletes
+//! volumes while they are served.
 //!
 //! ```text
 //! client ── one line of JSON ──> thread of the connection ──> store
@@ -7,16 +7,16 @@
 //! ```
 //! 1. A request is one line of at most [`LINE_BYTES_MAX`] bytes, and gets one line: `{"ok": …}` or
 //!    `{"error": …}`.
-//! 2. At most [`CONNECTIONS_MAX`] clients, each with a thread; one that has not sent a whole line
-//!    within [`PATIENCE`], or taken its answer, is cut off.
+//! 2. There are at most [`CONNECTIONS_MAX`] clients, each with a thread; one that does not send a
+//!    whole line, or take its answer, within [`PATIENCE`] is cut off.
 //! 3. Only the owner of the store can connect: the socket has mode 0600.
-//! 4. It is there before the store is open: until then each request is answered with how far
-//!    opening has come.
-//! 5. A busy store is asked again for up to [`BUSY_LIMIT`]. What a stopping server is still asked
-//!    for is not waited for: changes of volumes that have begun go on in the store, or at its next
+//! 4. It exists before the store is open: until then each request is answered with the progress of
+//!    opening.
+//! 5. Requests to a busy store are retried for up to [`BUSY_LIMIT`]. A stopping server does not
+//!    wait for requests: changes of volumes that have begun continue in the store, or at its next
 //!    open.
 //!
-//! It knows nothing of what the figures mean.
+//! It does *not* know what the figures mean.
 
 mod place;
 
@@ -41,35 +41,35 @@ use tracing::{debug, warn};
 const LINE_BYTES_MAX: u64 = 4096;
 const CONNECTIONS_MAX: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a request waits for a busy store, and for how long between tries.
+/// How long a request waits for a busy store, and how long between attempts.
 const BUSY_LIMIT: Duration = Duration::from_secs(60);
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
-/// For a line to a client that is refused: what a fresh socket has room for anyway.
+/// The time for a line to a refused client; a fresh socket has room for it anyway.
 const REFUSAL_LIMIT: Duration = Duration::from_millis(10);
-/// Between two tries to accept when the process has run out of descriptors.
+/// The pause between two attempts to accept when the process has run out of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
-/// What can be asked.
+/// The requests.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(tag = "ask", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// Counters since the store was opened, and since this connection asked last; of each shard,
-    /// too, if that is wanted.
+    /// Returns counters since the store was opened, and since the last such request on this
+    /// connection; of each shard, too, if requested.
     Stats {
         #[serde(default)]
         shards: bool,
     },
-    /// All volumes.
+    /// Lists all volumes.
     Volumes,
-    /// A new volume.
+    /// Creates a volume.
     Create { name: String, bytes: u64 },
-    /// Another size.
+    /// Resizes a volume.
     Resize { name: String, bytes: u64 },
-    /// Away with it.
+    /// Deletes a volume.
     Delete { name: String },
 }
 
-/// A volume, as it is told.
+/// A volume, as it is reported.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct VolumeLine {
     pub name: String,
@@ -77,12 +77,13 @@ pub struct VolumeLine {
     pub number: u8,
 }
 
-/// How far a server has come that is still opening its store.
+/// The progress of a server that is still opening its store.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Opening {
-    /// Since it began.
+    /// Seconds since it began.
     pub seconds: f64,
-    /// Bytes that the process has read from the device and written to it, if the kernel says.
+    /// Bytes that the process has read from the device and written to it, if the kernel reports
+    /// them.
     pub read_bytes: Option<u64>,
     pub written_bytes: Option<u64>,
 }
@@ -96,19 +97,19 @@ impl Opening {
     }
 }
 
-/// Does what is asked, of a store that is open here.
+/// Carries out a request on a store that is open here.
 pub fn perform(store: &Store, request: &Request) -> Result<Value, Error> {
     block_on(retry_busy(store, request))
 }
 
-/// A busy store is asked again, within bounds.
+/// Retries a request while the store is busy, within limits.
 async fn retry_busy(store: &Store, request: &Request) -> Result<Value, Error> {
     let begun = Instant::now();
     loop {
         match attempt(store, request).await {
             Err(error) if error.kind() == ErrorKind::Busy && begun.elapsed() < BUSY_LIMIT => {
                 std::thread::sleep(BUSY_PAUSE);
-                // Whoever waits for something else beside this gets to see it.
+                // This lets a caller that also waits for something else notice it.
                 futures_lite::future::yield_now().await;
             }
             result => return result,
@@ -142,19 +143,19 @@ pub struct Control {
 }
 
 struct Shared {
-    /// Once it is open.
+    /// Set once the store is open.
     store: OnceLock<Store>,
     begun: Instant,
     count: AtomicUsize,
     stopping: AtomicBool,
-    /// Told when `stopping` is set.
+    /// Notified when `stopping` is set.
     stops: Event,
     sockets: Mutex<Vec<Weak<Socket>>>,
 }
 
 impl Control {
-    /// Takes requests from now on, and says that the store is being opened until it
-    /// [is](Self::opened).
+    /// Begins to take requests, and answers that the store is being opened until it [is
+    /// open](Self::opened).
     pub fn start(place: Place) -> io::Result<Control> {
         let place = Arc::new(place);
         let (store, count, stopping, sockets) = Default::default();
@@ -175,14 +176,15 @@ impl Control {
         Ok(Control { shared, place, thread: Some(thread) })
     }
 
-    /// The store is open: requests are for it.
+    /// Called when the store is open: requests now go to it.
     pub fn opened(&self, store: Store) {
         let _ = self.shared.store.set(store);
     }
 }
 
 impl Drop for Control {
-    /// Ends it: clients that wait for the store are told that it stops, nothing more is begun.
+    /// Ends it: clients that wait for the store are told that the server stops, and no new request
+    /// begins.
     fn drop(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         self.shared.stops.notify(usize::MAX);
@@ -204,7 +206,7 @@ impl Shared {
 }
 
 impl Shared {
-    /// Waits for an answer of the store, but not longer than until the server stops.
+    /// Waits for an answer of the store, or until the server stops.
     fn unless_stopping(
         &self,
         work: impl Future<Output = Result<Value, Error>>,
@@ -301,7 +303,8 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
     }
 }
 
-/// Tells a client that there are too many; one that does not take it is not waited for.
+/// Tells a client that there are too many clients, without waiting for one that does not take the
+/// answer.
 fn refuse(socket: &Socket) {
     let text = format!(
         "the server has {CONNECTIONS_MAX} control clients, which is the most; try again when one \
@@ -311,7 +314,7 @@ fn refuse(socket: &Socket) {
         .write_all(format!("{}\n", json!({ "error": text })).as_bytes());
 }
 
-/// The next line, whole within `patience`; nothing at the end.
+/// Reads the next line, which must be complete within `patience`. Returns an empty one at the end.
 fn request(lines: &mut BufReader<Deadline<'_>>, patience: Duration) -> io::Result<Vec<u8>> {
     lines.get_mut().restart(patience);
     let mut line = Vec::new();
@@ -326,10 +329,11 @@ fn to_response(result: Result<Value, Error>) -> Value {
     }
 }
 
-/// What a connection was told last: when, and the counters of each shard.
+/// The last report to a connection: its time, and the counters of each shard.
 type LastSample = (Instant, Vec<ShardStats>);
 
-/// Totals, and what was counted since the last time; the first time since the store was opened.
+/// Returns totals, and what was counted since the last report or, the first time, since the store
+/// was opened.
 async fn stats(
     store: &Store,
     by_shard: bool,
@@ -360,7 +364,7 @@ fn sum(shards: &[ShardStats]) -> ShardStats {
     total
 }
 
-/// Counters, those of the time since `before`, and what follows from them.
+/// Returns the counters, those since `before`, and what follows from them.
 fn figures(total: &ShardStats, before: &ShardStats) -> Value {
     let interval = total.since(before);
     let iops = total.iops(Duration::from_secs(1));
@@ -375,12 +379,12 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    /// If this fails, sixteen clients that send a byte now and then keep everybody else away.
+    /// If this fails, sixteen clients that send a byte now and then keep all others away.
     #[test]
     fn a_line_that_comes_in_drops_is_not_waited_for() {
         let (server, mut client) = UnixStream::pair().expect("a pair of sockets");
         let dripping = std::thread::spawn(move || {
-            // Ends when the other side is gone.
+            // This ends when the other side is gone.
             while client.write_all(b"x").is_ok() {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -398,8 +402,8 @@ mod tests {
         dripping.join().expect("it ends");
     }
 
-    /// A command that comes while the server opens its store must be able to tell that from a store
-    /// that is in somebody's way.
+    /// A command that connects while the server opens its store must be able to tell that from a
+    /// store that another process has open.
     #[test]
     fn a_store_that_is_being_opened_is_said_to_be_and_then_asked() {
         let dir = tempfile::tempdir().expect("a directory");

@@ -1,13 +1,13 @@
-//! Where the control socket is: beside the store, however long the path of that is.
+//! The place of the control socket: next to the store, however long that path is.
 //!
-//! 1. A socket's address has room for about a hundred bytes. A longer path is reached through an
-//!    open directory (`/proc/self/fd/N`), by servers and by clients alike.
-//! 2. Two servers that start at the same moment don't take each other's socket away: who binds
-//!    holds the directory's lock.
+//! 1. A socket's address has room for about a hundred bytes. Servers and clients reach a longer
+//!    path through an open directory (`/proc/self/fd/N`).
+//! 2. Two servers that start at the same moment don't replace each other's socket: a server holds
+//!    the directory's lock while it binds.
 //!
-//! It does not know what is said on the socket.
+//! It does *not* know the protocol of the socket.
 
-// Another server that is starting is waited for in real time.
+// Waiting for another server that is starting takes real time.
 #![allow(clippy::disallowed_methods)]
 
 use super::super::nbd::{Address, Listener, Plan};
@@ -20,21 +20,20 @@ use std::time::Duration;
 
 /// The socket's name in the directory of the store.
 pub const SOCKET_NAME: &str = "control.sock";
-/// What a listener appends to a name while it makes the socket: a dot and the number of the
-/// process.
+/// What a listener appends to the name while it makes the socket: a dot and the process number.
 const SUFFIX: &str = ".4194304";
-/// How long another server that makes its socket is waited for, and in which steps.
+/// How often, and after which pause, to retry while another server makes its socket.
 const LOCK_WAITS: u32 = 200;
 const LOCK_STEP: Duration = Duration::from_millis(5);
 
-/// A path that fits into a socket's address, for as long as this is kept.
+/// A path that fits into a socket's address, valid while this is kept.
 pub struct Reachable {
     path: PathBuf,
     _directory: Option<OwnedFd>,
 }
 
 impl Reachable {
-    /// Finds one for `socket`.
+    /// Finds such a path for `socket`.
     pub fn new(socket: &Path) -> io::Result<Reachable> {
         let mut longest = socket.as_os_str().to_owned();
         longest.push(SUFFIX);
@@ -67,7 +66,7 @@ impl Reachable {
 
 /// A bound control socket; the file is removed when it is dropped.
 pub struct Place {
-    // Before the directory that its path may lead through.
+    // Dropped before the directory that its path may lead through.
     pub listener: Listener,
     _reachable: Reachable,
 }
@@ -82,8 +81,7 @@ impl Place {
     }
 }
 
-/// The lock of a directory: held until the descriptor is closed. A file system without locks has
-/// none to give.
+/// Locks a directory until the descriptor is closed. Returns `None` on a file system without locks.
 fn lock(dir: &Path) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(dir, flags, Mode::empty())?;
@@ -107,8 +105,8 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixStream;
 
-    /// In a deep directory there was no control socket, and commands told their user to close
-    /// another process.
+    /// In a deep directory there used to be no control socket, and commands told their user to
+    /// close another process.
     #[test]
     fn a_socket_is_made_and_reached_in_a_directory_with_a_long_path() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,29 +1,30 @@
-//! Who may connect: how many connections there are, and how they are shared between peers. Pure
-//! counting, no I/O.
+//! Decides who may connect: how many connections there may be, and how peers share them. It only
+//! counts, without I/O.
 //!
 //! ```text
 //!   0 ─────────────────────────────── connections_max ──── connections_max + reserve
 //!   first come, first served, by any peer              │ for peers that have fewer than are left
 //! ```
-//! 1. There are never more than `connections_max` and the reserve, an eighth of it.
-//! 2. One peer can have all `connections_max` as long as nobody else asks. It never gets into the
-//!    reserve then: however many it has, others still get in. Of the reserve no peer takes more
-//!    than it leaves, so the next one finds some, too.
+//! 1. There are never more connections than `connections_max` plus the reserve, an eighth of it.
+//! 2. One peer can have all `connections_max` while no other connects. Then it gets nothing of the
+//!    reserve: however many it has, others still get in. Of the reserve no peer takes more than it
+//!    leaves, so the next one finds some, too.
 //!
-//! It does not close connections, and knows nothing of what they do.
+//! It does *not* close connections, and knows nothing about what they do.
 
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Who connects: all connections of a peer share what one peer may have.
+/// Who connects: all connections of a peer share its limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Peer {
-    /// A machine, by its address; of IPv6 the first 64 bits, since a machine has all the others.
+    /// A machine, by its address; for IPv6 by the first 64 bits, since a machine can have all
+    /// addresses below these.
     Machine(IpAddr),
     /// A user of this machine, over a socket file.
     User(u32),
-    /// The socket does not say.
+    /// The socket does not tell.
     Unknown,
 }
 
@@ -51,13 +52,13 @@ impl fmt::Display for Peer {
 /// Why a client was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused {
-    /// Connections that are open.
+    /// How many connections are open.
     pub open: usize,
-    /// Those of the refused client's peer.
+    /// How many of them belong to the refused client's peer.
     pub of_peer: usize,
 }
 
-/// Connections by peer.
+/// The open connections of each peer.
 #[derive(Debug)]
 pub struct Admission {
     connections_max: usize,
@@ -71,12 +72,12 @@ pub fn reserve(connections_max: usize) -> usize {
 }
 
 impl Admission {
-    /// Nobody is connected.
+    /// Makes a table without connections.
     pub fn new(connections_max: usize) -> Self {
         Admission { connections_max, open: 0, by_peer: HashMap::new() }
     }
 
-    /// Takes a connection of `peer` in, or says why not.
+    /// Admits a connection of `peer`, or says why not.
     pub fn enter(&mut self, peer: Peer) -> Result<(), Refused> {
         self.assert_state();
         let of_peer = self.by_peer.get(&peer).copied().unwrap_or(0);
@@ -89,7 +90,7 @@ impl Admission {
         Err(Refused { open: self.open, of_peer })
     }
 
-    /// A connection of `peer` has ended.
+    /// Records that a connection of `peer` has ended.
     pub fn leave(&mut self, peer: Peer) {
         let count = self.by_peer.get_mut(&peer).expect("whoever leaves has entered");
         *count -= 1;
@@ -121,8 +122,7 @@ mod tests {
         Peer::machine(IpAddr::from([10, 0, 0, last]))
     }
 
-    /// One client that opens connections without end, and never closes any, must not lock out
-    /// everybody else.
+    /// One client that keeps opening connections and never closes any must not lock out all others.
     #[test]
     fn a_peer_that_takes_all_it_can_leaves_some_for_each_of_the_others() {
         let mut admission = Admission::new(64);
@@ -140,8 +140,8 @@ mod tests {
         assert_eq!(admission.enter(machine(1)), Err(Refused { open: 72, of_peer: 63 }));
     }
 
-    /// A machine that has 2^64 addresses is one peer all the same, and an IPv4 client of a
-    /// dual-stack socket is the one it is.
+    /// A machine with 2^64 addresses must still be one peer, and an IPv4 client of a dual-stack
+    /// socket must count as that client.
     #[test]
     fn a_machine_is_one_peer_whichever_of_its_addresses_it_uses() {
         let peer = |text: &str| Peer::machine(text.parse().unwrap());

@@ -1,31 +1,31 @@
-//! Ranges of pages as extents of bytes: pure planning, no I/O.
+//! Turns ranges of pages into extents of bytes: pure planning, without I/O.
 //!
-//! 1. Extents follow each other from the first byte asked for, none is empty, and neighbours differ
-//!    in kind.
-//! 2. There are never more than asked for, and they never end behind the range.
+//! 1. Extents follow each other from the first requested byte, none is empty, and adjacent ones
+//!    differ in kind.
+//! 2. There are never more than requested, and they never extend beyond the range.
 
 use super::proto::Extent;
 use super::span::PAGE;
 
-/// Extents of a range, made from its start on.
+/// The extents of a range, collected from its start on.
 #[derive(Debug)]
 pub struct Extents {
     list: Vec<Extent>,
-    /// First byte that no extent has yet.
+    /// The first byte that no extent covers yet.
     at: u64,
     end: u64,
     count_max: usize,
-    /// An extent did not fit any more.
+    /// Whether an extent did not fit any more.
     over: bool,
 }
 
 impl Extents {
-    /// None yet, of the bytes from `start` to `end`, which are at most 4 GiB.
+    /// Begins with no extents of the bytes from `start` to `end`, which are at most 4 GiB.
     pub fn new(start: u64, end: u64, count_max: usize) -> Self {
         Extents { list: Vec::new(), at: start, end, count_max, over: false }
     }
 
-    /// What lies before page `page`, and was not told yet, is a hole, or is stored.
+    /// Covers the bytes before page `page` that no extent covers yet, as a hole or as stored.
     pub fn upto(&mut self, page: u64, is_hole: bool) {
         let end = page.saturating_mul(PAGE).min(self.end);
         if self.over || end <= self.at {
@@ -44,12 +44,12 @@ impl Extents {
         self.at = end;
     }
 
-    /// Whether more would change nothing.
+    /// Whether no more can be added.
     pub fn is_full(&self) -> bool {
         self.over || self.at == self.end
     }
 
-    /// All of them.
+    /// Returns all extents.
     pub fn into_list(self) -> Vec<Extent> {
         self.list
     }
@@ -65,11 +65,11 @@ mod tests {
         extents.into_list().iter().map(|e| (e.bytes, e.is_hole)).collect()
     }
 
-    /// A client copies what it is told is stored, and nothing else.
+    /// A client copies exactly what it is told is stored.
     #[test]
     fn extents_follow_each_other_within_the_range_and_the_count() {
         assert_eq!(made((0, 8192), 9, &[(1, false), (2, true)]), [(4096, false), (4096, true)]);
-        // Neighbours of a kind are one, wherever the looks ended.
+        // Adjacent extents of a kind are merged, wherever the lookups ended.
         assert_eq!(
             made((100, 9000), 9, &[(0, true), (1, false), (2, false), (9, false)]),
             [(8900, false)]

@@ -1,12 +1,12 @@
-//! Fuzz targets of the server: what a client may say, byte by byte, and whether the server keeps to
-//! the protocol.
+//! Fuzz targets of the server: they send what a client might send, byte by byte, and check that the
+//! server follows the protocol.
 //!
-//! 1. [`handshake`]: each option is answered in its turn, by as many replies as the specification
-//!    allows, and nothing is sent but replies. What the server does is what a reader of its own of
-//!    the same bytes expects.
-//! 2. [`transmission`]: each request whose payload came is answered exactly once, by what is
-//!    allowed for it, with the bytes that a model holds; the server reads nothing twice and stops
-//!    where the client broke the protocol.
+//! 1. [`handshake`]: each option is answered in turn, by as many replies as the specification
+//!    allows, and only replies are sent. The server does what an independent reader of the same
+//!    bytes expects.
+//! 2. [`transmission`]: each request whose payload arrived is answered exactly once, with an
+//!    allowed reply and the bytes that a model holds; the server reads nothing twice and stops
+//!    where the client breaks the protocol.
 //!
 //! The numbers of the specification are repeated here on purpose. `scripts/fuzz` runs the targets
 //! under libFuzzer; the tests here run the stored corpus and some thousands of mutations of it.
@@ -25,7 +25,7 @@ use super::{Export, Exports};
 use bytes::Bytes;
 use std::sync::{Arc, Mutex};
 
-/// Bytes of the export: no whole number of pages.
+/// Bytes of the export: not a whole number of pages.
 const SIZE: usize = 3 * 4096 + 100;
 
 /// An export in memory; pages that are all zeros are holes.
@@ -114,7 +114,7 @@ impl Exports for Memory {
     }
 }
 
-/// Takes big-endian numbers and bytes off the front; `None` if they are not all there.
+/// Takes big-endian numbers and bytes off the front; `None` if not all of them are there.
 struct Parts<'a>(&'a [u8]);
 
 impl<'a> Parts<'a> {
@@ -124,12 +124,12 @@ impl<'a> Parts<'a> {
         Some(head)
     }
 
-    /// A number of so many bytes.
+    /// Takes a number of this many bytes.
     fn number(&mut self, bytes: usize) -> Option<u64> {
         Some(self.take(bytes)?.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
-    /// A string behind its length.
+    /// Takes a string that follows its length.
     fn string(&mut self) -> Option<&'a str> {
         let bytes = self.number(4)? as usize;
         if bytes > 4096 {

@@ -1,21 +1,22 @@
-//! The gate in front of a connection's work: how many requests are in flight, and with what memory.
+//! The gate in front of a connection's work: it limits the requests in flight, and holds their
+//! memory.
 //!
-//! 1. At most `requests_max` requests are in flight. Each holds what [`Memory`] has given for it,
-//!    or the connection's own bytes, which one request at a time can have.
-//! 2. A reply never waits for other connections, and a payload not for those that don't let go of
-//!    their memory: with nothing of the shared memory and its own bytes taken, it waits for the
-//!    request of this connection that has them.
-//! 3. A [`Pass`] gives back what it took when it is dropped, whatever became of the request, and
-//!    earlier where the memory is not needed any more.
+//! 1. At most `requests_max` requests are in flight. Each holds memory from [`Memory`], or the
+//!    connection's own bytes, which one request at a time can have.
+//! 2. A reply never waits for other connections, and a payload does not wait for those that keep
+//!    their memory: without shared memory, and with its own bytes taken, it waits for the request
+//!    of this connection that has them.
+//! 3. A [`Pass`] gives back what it took when it is dropped, however the request ends, or earlier
+//!    if the memory is no longer needed.
 
 use super::memory::{Memory, REQUEST_BYTES, payload_charge};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Between two looks for shared memory while the connection's own bytes are waited for.
+/// The interval between two checks for shared memory while waiting for the connection's own bytes.
 const OWN_LOOK: Duration = Duration::from_secs(1);
 
-/// Counts requests in flight, and what they hold.
+/// Counts requests in flight, and the memory that they hold.
 pub struct Gate {
     requests_max: usize,
     memory: Arc<Memory>,
@@ -26,14 +27,14 @@ pub struct Gate {
 #[derive(Default)]
 struct State {
     requests: usize,
-    /// Of the memory that all replies share.
+    /// Bytes of the memory that all replies share.
     replies_bytes: usize,
     own_is_taken: bool,
     /// Requests that hold memory for writes.
     writes: usize,
 }
 
-/// What a request holds.
+/// Which memory a request holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Held {
     Nothing,
@@ -49,7 +50,7 @@ pub struct Pass<'a> {
 }
 
 impl Gate {
-    /// A gate with nothing in flight.
+    /// Makes a gate with nothing in flight.
     pub fn new(requests_max: usize, memory: Arc<Memory>) -> Self {
         Gate { requests_max, memory, state: Mutex::default(), changed: Condvar::new() }
     }
@@ -59,13 +60,13 @@ impl Gate {
         &self.memory
     }
 
-    // The state is plain numbers, right at every step: a panic elsewhere does not spoil it.
+    // The state is plain numbers, consistent at every step, so a panic elsewhere does not
+    // invalidate it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until one more request may be in flight; meanwhile `look` is called after each
-    /// `pause`.
+    /// Waits until another request may be in flight; meanwhile calls `look` after each `pause`.
     pub fn enter_looking(&self, pause: Duration, look: impl Fn()) -> Pass<'_> {
         let full = |state: &mut State| state.requests >= self.requests_max.max(1);
         loop {
@@ -80,7 +81,7 @@ impl Gate {
         }
     }
 
-    /// Waits until one more request may be in flight.
+    /// Waits until another request may be in flight.
     #[cfg(test)]
     pub fn enter(&self) -> Pass<'_> {
         self.enter_looking(Duration::from_secs(1), || ())
@@ -127,9 +128,9 @@ impl Pass<'_> {
         self.gate.lock().writes += 1;
     }
 
-    /// Takes memory for a payload of `bytes`, or for a part of it; for how much: as much as the
-    /// connection's own bytes allow if others keep the shared memory and don't let go of it. A part
-    /// of a payload that `has_waited` for that does not again.
+    /// Takes memory for a payload of `bytes`, or for a part of it. Returns for how much: for as
+    /// much as the connection's own bytes allow if others keep the shared memory. A part of a
+    /// payload that `has_waited` for that does not wait again.
     pub fn take_payload(&mut self, bytes: usize, has_waited: bool) -> usize {
         self.give_back();
         let gate = self.gate;
@@ -151,7 +152,7 @@ impl Pass<'_> {
         }
     }
 
-    /// Bytes of a reply's data for which it holds memory.
+    /// The bytes of a reply's data for which the request holds memory.
     pub fn room(&self) -> usize {
         let held = match self.held {
             Held::Nothing | Held::Write(_) => 0,
@@ -161,7 +162,7 @@ impl Pass<'_> {
         held.saturating_sub(REQUEST_BYTES)
     }
 
-    /// Its memory is not needed any more; the request is still in flight.
+    /// Gives back the memory, which is no longer needed; the request is still in flight.
     pub fn give_back(&mut self) {
         let gate = self.gate;
         match std::mem::replace(&mut self.held, Held::Nothing) {
@@ -193,8 +194,8 @@ mod tests {
     use super::super::memory::Division;
     use super::*;
 
-    /// Without this bound a client that never reads its replies makes the server's memory grow
-    /// without limit.
+    /// Without this limit a client that never reads its replies would make the server's memory grow
+    /// without bound.
     #[test]
     fn requests_and_bytes_in_flight_stay_within_the_limits() {
         let memory = Arc::new(Memory::new(Division::of(16 << 20)));

@@ -1,4 +1,4 @@
-//! From the greeting to the chosen export: fixed newstyle.
+//! The handshake, from the greeting to the chosen export: fixed newstyle.
 //!
 //! ```text
 //! greeting ──> client flags ──> option ──GO, EXPORT_NAME of a known export──> transmission
@@ -8,18 +8,19 @@
 //! ```
 //!
 //! 1. An option's data is always read whole before its answer, so the stream stays in step.
-//! 2. A metadata context is chosen for one export: whoever then takes another has none.
-//! 3. What is sent and answered is bounded in all (`bytes_max`), one option by
-//!    [`proto::OPTION_BYTES_MAX`]; the number of options is not, since a client that looks at every
-//!    export needs some for each. Time is bounded by the stream given.
+//! 2. A metadata context is chosen for one export: a client that then takes another export has
+//!    none.
+//! 3. The total of what is sent and answered is limited (`bytes_max`), and one option by
+//!    [`proto::OPTION_BYTES_MAX`]; the number of options is not, since a client that asks about
+//!    every export needs some for each. The given stream limits the time.
 //!
-//! Does not touch the data of any export.
+//! It does *not* touch the data of any export.
 
 use super::proto::{self, Agreed, InfoRequest, MetaRequest, option, reply};
 use super::{Export, Exports};
 use std::io::{self, Read, Write};
 
-/// How a handshake ended well.
+/// How a successful handshake ended.
 pub enum Outcome<E> {
     /// The client wants to use this export, in this way.
     Chosen(String, E, Agreed),
@@ -27,7 +28,7 @@ pub enum Outcome<E> {
     Aborted,
 }
 
-/// Talks until the client has chosen, or the connection can't go on.
+/// Runs the handshake until the client has chosen, or the connection can't continue.
 pub fn handshake<S: Read + Write, X: Exports>(
     stream: &mut S,
     exports: &X,
@@ -59,7 +60,7 @@ pub fn handshake<S: Read + Write, X: Exports>(
 struct Talk<'a, S, X> {
     stream: &'a mut S,
     exports: &'a X,
-    /// That may still be sent and answered.
+    /// Bytes that may still be sent and answered.
     bytes_left: usize,
     zeroes: bool,
     structured: bool,
@@ -74,7 +75,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         self.stream.read_exact(&mut header)?;
         let (option, length) = proto::parse_option(&header)?;
         if length > proto::OPTION_BYTES_MAX {
-            // To stay in step we would have to read up to 4 GiB that nobody needs.
+            // To stay in step we would have to read up to 4 GiB that are not needed.
             self.answer(option, reply::ERR_TOO_BIG, &[])?;
             return Err(proto::broken("option data too long"));
         }
@@ -90,7 +91,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
                 self.meta_context(option, &data)?
             }
             option::ABORT => {
-                // The client may be gone without waiting for this; that is its right.
+                // The client may leave without waiting for this, which is its right.
                 let _ = self.answer(option, reply::ACK, &[]);
                 return Ok(Some(Outcome::Aborted));
             }
@@ -105,7 +106,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         self.stream.write_all(&reply)
     }
 
-    /// Counts bytes that are taken or sent.
+    /// Counts bytes that are received or sent.
     fn spend(&mut self, bytes: usize) -> io::Result<()> {
         let left = self.bytes_left.checked_sub(bytes);
         self.bytes_left = left.ok_or_else(|| proto::broken("a handshake without end"))?;
@@ -121,7 +122,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
 
     fn export_name(&mut self, data: &[u8]) -> io::Result<Outcome<X::Export>> {
         let name = proto::parse_name(data).ok_or_else(|| proto::broken("bad export name"))?;
-        // This option has no way to say no.
+        // This option has no negative answer.
         let Ok(Some((name, export))) = self.exports.find(name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
@@ -134,7 +135,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         Ok(Outcome::Chosen(name, export, agreed))
     }
 
-    /// The export of this name; where there is none the client has its answer.
+    /// Returns the export of this name; if there is none, answers the client.
     fn find(&mut self, option: u32, name: &str) -> io::Result<Option<(String, X::Export)>> {
         let (kind, why) = match self.exports.find(name) {
             Ok(Some(found)) => return Ok(Some(found)),
@@ -173,8 +174,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         self.answer(option::STRUCTURED_REPLY, kind, text)
     }
 
-    /// Lists contexts, or sets those for BLOCK_STATUS; what was set before is gone, whatever
-    /// becomes of it.
+    /// Lists contexts, or sets those for BLOCK_STATUS; earlier ones are dropped even if that fails.
     fn meta_context(&mut self, option: u32, data: &[u8]) -> io::Result<()> {
         let set = option == option::SET_META_CONTEXT;
         if set {
@@ -187,7 +187,7 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             return self.answer(option, reply::ERR_INVALID, b"malformed request");
         };
         let Some((name, _)) = self.find(option, &request.name)? else { return Ok(()) };
-        // Only a list may be asked for by namespace, or without saying of what.
+        // Only a list may be requested by namespace, or without a name.
         if request.allocation || (!set && (request.base || request.is_open)) {
             let id = if set { proto::ALLOCATION_ID } else { 0 };
             self.answer(option, reply::META_CONTEXT, &proto::meta_context(id, proto::ALLOCATION))?;

@@ -1,15 +1,15 @@
-//! Which parts of what was read are holes: pure planning, no I/O.
+//! Tells which parts of what was read are holes: pure planning, without I/O.
 //!
-//! 1. Pieces cover what was read exactly once, in order, and neighbours differ in kind.
+//! 1. Pieces cover what was read exactly once, in order, and adjacent ones differ in kind.
 
 use std::ops::Range;
 
-/// Parts without storage, in order; a reader of the export adds them.
+/// The parts without storage, in order; a reader of the export adds them.
 #[derive(Debug, Default)]
 pub struct Holes(Vec<Range<usize>>);
 
 impl Holes {
-    /// One more hole, behind the others.
+    /// Adds a hole after the others.
     pub fn add(&mut self, hole: Range<usize>) {
         match self.0.last_mut() {
             Some(last) if last.end == hole.start => last.end = hole.end,
@@ -17,8 +17,8 @@ impl Holes {
         }
     }
 
-    /// The first `length` bytes as pieces, and whether each is a hole of `bytes_min` bytes at
-    /// least; shorter ones count as data.
+    /// Divides the first `length` bytes into pieces, and tells whether each is a hole of at least
+    /// `bytes_min` bytes; shorter ones count as data.
     pub fn pieces(&self, length: usize, bytes_min: usize) -> Vec<(Range<usize>, bool)> {
         let mut pieces = Vec::with_capacity(2 * self.0.len() + 1);
         let mut at = 0;
@@ -40,7 +40,7 @@ impl Holes {
 mod tests {
     use super::*;
 
-    /// A byte in no piece is a byte that a client reads from its own uncleared memory.
+    /// If a byte is in no piece, the client reads it from its own uncleared memory.
     #[test]
     fn pieces_cover_what_was_read_exactly_once() {
         let pieces = |holes: &[Range<usize>]| {

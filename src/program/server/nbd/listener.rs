@@ -1,4 +1,4 @@
-//! Where the server listens: `unix:PATH` or `tcp:HOST:PORT`.
+//! Listens on `unix:PATH` or `tcp:HOST:PORT`.
 //!
 //! ```text
 //! Address ── plan: look, don't touch ──> Plan ── bind ──> Listener
@@ -6,12 +6,12 @@
 //!
 //! 1. [`Address::plan`] changes nothing in the file system, so that a start that is refused later
 //!    leaves nothing behind.
-//! 2. A Unix socket is bound under a name of its own, made 0600, and only then renamed to its
-//!    place: nobody else can connect at any time, and a stale socket is replaced in one step. Only
-//!    a socket that refuses connections is stale.
+//! 2. A Unix socket is bound under a temporary name, set to mode 0600, and only then renamed to its
+//!    place: no other user can ever connect, and a stale socket is replaced in one step. Only a
+//!    socket that refuses connections is stale.
 //! 3. The socket file is removed at the end, if it is still ours.
-//! 4. An address that other machines can reach is told apart ([`Address::remote`]): there is
-//!    neither encryption nor a password here, so whoever takes one must have been told to.
+//! 4. An address that other machines can reach is recognised ([`Address::remote`]): there is
+//!    neither encryption nor a password, so it must only be used on explicit request.
 
 use super::socket::Socket;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
@@ -30,14 +30,13 @@ use std::time::Duration;
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 1024;
 
-/// When a silent TCP client is asked whether it is there, how often, and how many times before it
-/// is taken for gone: after three minutes. Its kernel answers, so a paused or idle client is not
-/// cut off.
+/// When a silent TCP client is first probed, how often, and how many times before it counts as
+/// gone: three minutes in all. Its kernel answers, so a paused or idle client is not cut off.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// What the user asked for.
+/// An address that the user named.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
     /// A socket file.
@@ -49,9 +48,9 @@ pub enum Address {
 /// An address that was free when we looked.
 #[derive(Debug)]
 pub enum Plan {
-    /// Not bound yet: it would leave a file.
+    /// Not bound yet, since that would leave a file.
     Unix(PathBuf),
-    /// Bound: leaves nothing behind.
+    /// Already bound, which leaves nothing behind.
     Tcp(TcpListener),
 }
 
@@ -84,7 +83,7 @@ fn parse_tcp(text: &str) -> Result<SocketAddr, String> {
     local.map_or_else(|| text.parse().map_err(|_| what.into()), Ok)
 }
 
-/// An error with what to do about it.
+/// Adds to an error what to do about it.
 fn failed(context: String) -> impl FnOnce(io::Error) -> io::Error {
     move |e| io::Error::new(e.kind(), format!("{context}: {e}"))
 }
@@ -104,8 +103,8 @@ impl Address {
         }
     }
 
-    /// Checks that nobody is there, without changing anything. The directory `made_later` need not
-    /// exist yet.
+    /// Checks that no server uses the address, without changing anything. The directory
+    /// `made_later` need not exist yet.
     pub fn plan(&self, made_later: &Path) -> io::Result<Plan> {
         match self {
             Address::Unix(path) => {
@@ -173,7 +172,7 @@ fn check_unix(path: &Path) -> io::Result<()> {
 }
 
 impl Plan {
-    /// Takes connections from now on; they wait until they are accepted.
+    /// Begins to take connections, which wait until they are accepted.
     pub fn bind(self) -> io::Result<Listener> {
         match self {
             Plan::Tcp(listener) => Ok(Listener::Tcp(listener)),
@@ -186,11 +185,11 @@ impl Plan {
 }
 
 fn bind_unix(path: PathBuf) -> io::Result<Listener> {
-    // Again: it may have come to life since the plan was made.
+    // Checked again: a server may have started since the plan was made.
     check_unix(&path)?;
     let name = bind_name(&path);
-    // Left by a process with our number that was killed between the steps below; no living one has
-    // it.
+    // A process with our number that was killed between the steps below has left this; no living
+    // one uses it.
     if fs::symlink_metadata(&name).is_ok_and(|meta| meta.file_type().is_socket()) {
         fs::remove_file(&name)?;
     }
@@ -202,7 +201,7 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
     )?;
     rustix::net::bind(&socket, &SocketAddrUnix::new(&name)?)?;
     let finish = || -> io::Result<u64> {
-        // Nobody can connect before `listen`.
+        // No client can connect before `listen`.
         fs::set_permissions(&name, fs::Permissions::from_mode(0o600))?;
         rustix::net::listen(&socket, BACKLOG)?;
         let inode = fs::symlink_metadata(&name)?.ino();
@@ -217,10 +216,10 @@ fn bind_unix(path: PathBuf) -> io::Result<Listener> {
 
 /// Sets the options of a client's connection.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
-    // Replies are whole: waiting for more of them would only cost time.
+    // Replies are sent whole: waiting for more would only cost time.
     stream.set_nodelay(true)?;
-    // A client whose machine is gone must not keep its place: by default it would for more than two
-    // hours.
+    // A client whose machine is gone must not keep its place, as it would by default for more than
+    // two hours.
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
@@ -229,14 +228,14 @@ fn prepare(stream: &TcpStream) -> io::Result<()> {
 }
 
 impl Listener {
-    /// The next client.
+    /// Accepts the next client.
     pub fn accept(&self) -> io::Result<Socket> {
         match self {
             Listener::Unix(listener, ..) => Ok(Socket::Unix(listener.accept()?.0)),
             Listener::Tcp(listener) => {
                 let stream = listener.accept()?.0;
-                // A client that is gone already is found out when it is read from: it is no failure
-                // of the listener.
+                // If the client is already gone, reading from it will show that: it is not a
+                // failure of the listener.
                 let _ = prepare(&stream);
                 Ok(Socket::Tcp(stream))
             }
@@ -270,7 +269,7 @@ fn write_path(f: &mut fmt::Formatter<'_>, path: &Path) -> fmt::Result {
 }
 
 impl fmt::Display for Listener {
-    /// As a URI that clients take.
+    /// Writes the address as a URI that clients accept.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Listener::Unix(_, path, _) => {
@@ -303,7 +302,7 @@ mod tests {
         text.parse()
     }
 
-    /// An unprotected block device on the network is somebody else's block device.
+    /// An unprotected block device on the network belongs to anyone there.
     #[test]
     fn addresses_that_other_machines_reach_are_told_apart() {
         assert_eq!(parse("tcp:127.0.0.1:0"), Ok(Address::Tcp(([127, 0, 0, 1], 0).into())));
@@ -355,8 +354,8 @@ mod tests {
         assert_eq!(fs::read(&path).unwrap(), b"mine");
     }
 
-    /// A URI that its reader can't use is worse than none: clients refuse raw spaces, and take `&`
-    /// and `#` for the end of the path.
+    /// An unusable URI is worse than none: clients refuse raw spaces, and take `&` and `#` for the
+    /// end of the path.
     #[test]
     fn a_uri_names_any_socket_path_in_a_form_that_clients_take() {
         let dir = tempfile::tempdir().unwrap();

@@ -6,20 +6,21 @@
 //!                                 ├─ replies: shared; nobody takes more than he leaves
 //!                                 └─ writes:  shared; work first, then payloads, each in the order of asking
 //! ```
-//! 1. Payloads, replies that wait for their client, and what requests need while they are worked on
-//!    are counted before they are allocated. What is taken never passes the budget.
-//! 2. Memory for replies may be held for as long as a client does not read. So it is never waited
-//!    for: a connection that gets none of it answers in pieces of `own_bytes`, which no other
-//!    connection can take.
-//! 3. Memory for writes and other work is waited for in order. It comes back: the store ends what
-//!    was begun, and while others wait a client is cut off that takes too long for a payload, or
-//!    takes no replies while writes of its own, which are worked on by the same thread, wait for
-//!    that. That takes half a minute, and a crowd of such clients would be cut off one after the
-//!    other: so a payload does not wait once there has been too little for [`STUCK`]. It is taken
-//!    in pieces of `own_bytes` then. Work, which is never in pieces, goes before payloads.
+//! 1. Payloads, replies that wait for their client, and the memory that requests need while they
+//!    run are counted before they are allocated. The total never exceeds the budget.
+//! 2. A client that does not read can hold memory for replies for ever, so no request waits for it:
+//!    a connection that gets none answers in pieces of `own_bytes`, which no other connection can
+//!    take.
+//! 3. Requests wait in order for memory for writes and other work. It comes back: the store
+//!    finishes what was begun, and while others wait, a client is cut off that takes too long for a
+//!    payload, or takes no replies while its own writes, which the same thread carries out, wait
+//!    behind them. That takes half a minute, and a crowd of such clients would be cut off one after
+//!    the other: so a payload does not wait once memory has been short for [`STUCK`]. It is then
+//!    taken in pieces of `own_bytes`. Work, which is never divided into pieces, goes before
+//!    payloads.
 //!
 //! The threads' stacks, the program itself and what the allocator keeps are not in the budget, but
-//! in the constant that `serve --help` names.
+//! in the constant that `serve --help` states.
 
 use super::admission::reserve;
 use std::collections::VecDeque;
@@ -29,37 +30,35 @@ use std::time::{Duration, Instant};
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 
-/// The part of the memory that connections get, and its bounds: below the lower one requests would
-/// be served page by page, and above the upper one more of it speeds nothing up.
+/// The share of the memory that connections get, and its bounds: below the lower one requests would
+/// be served page by page, and above the upper one more memory makes nothing faster.
 const CONNECTIONS_SHARE: u64 = 8;
 const CONNECTIONS_BYTES_MIN: u64 = 4 * MIB;
 const CONNECTIONS_BYTES_MAX: u64 = 256 * MIB;
-/// If nothing else is asked for: one connection for so much memory, and no more than
-/// `CONNECTIONS_DEFAULT`.
+/// By default there is one connection for this much memory, and no more than `CONNECTIONS_DEFAULT`.
 const BYTES_PER_CONNECTION: u64 = 512 * KIB;
 const CONNECTIONS_DEFAULT: u64 = 128;
-/// More can't be asked for: each has two threads.
+/// The most connections that can be requested: each has two threads.
 pub const CONNECTIONS_LIMIT: u32 = 4096;
-/// What there is at least of each shared pool.
+/// The least size of each shared pool.
 const POOL_BYTES_MIN: u64 = MIB;
-/// Buffers of one connection: headers come in bunches of up to 64 KiB; larger pieces of a reply
-/// make it no faster.
+/// The buffers of one connection: headers arrive in bunches of up to 64 KiB; larger pieces of a
+/// reply make it no faster.
 const INPUT_BYTES: (u64, u64) = (8 * KIB, 64 * KIB);
 const OWN_BYTES: (u64, u64) = (8 * KIB, 1024 * KIB);
-/// What every request that carries data takes besides: its task, lists of pages.
+/// What every request that carries data takes besides: its task, and lists of pages.
 pub const REQUEST_BYTES: usize = 2 << 10;
-/// Changes, spans and page ids beside the payload of a write: 256 bytes a page.
+/// Changes, spans and page ids besides the payload of a write: 256 bytes a page.
 const LISTS_SHARE: usize = 16;
 const PAGE: usize = 4096;
-/// Of the memory for writes, what payloads leave to work: as much as one of the largest takes, if
-/// that is no more than an eighth.
+/// The share of the memory for writes that payloads leave to work: as much as the largest work
+/// takes, if that is at most an eighth.
 const KEPT_FOR_WORK_SHARE: usize = 8;
 const KEPT_FOR_WORK_MAX: usize = MIB as usize;
-/// When there has been too little memory for so long, or it has waited for so long, a payload does
-/// not wait for it: longer than a busy store takes for a commit, and short for whoever waits for a
-/// write.
+/// Once memory has been short, or a payload has waited, for this long, payloads stop waiting: it is
+/// longer than a busy store takes for a commit, and short for a client that waits for a write.
 const STUCK: Duration = Duration::from_secs(1);
-/// How long it counts as waited for after somebody has given up.
+/// How long memory counts as waited for after a request has given up.
 const WANTED: Duration = Duration::from_secs(60);
 
 /// How the memory of a server is divided.
@@ -67,26 +66,27 @@ const WANTED: Duration = Duration::from_secs(60);
 pub struct Division {
     /// `Options::memory_bytes` of the store.
     pub engine_bytes: u64,
-    /// Connections at a time, without those kept for peers that have few (`admission`).
+    /// Connections at a time, not counting those kept for peers that have few (`admission`).
     pub connections_max: usize,
-    /// Of each connection: for what it sends.
+    /// Bytes of each connection for what its client sends.
     pub input_bytes: usize,
-    /// Of each connection: for one reply.
+    /// Bytes of each connection for one reply.
     pub own_bytes: usize,
-    /// For replies of all connections.
+    /// Bytes for the replies of all connections.
     pub replies_bytes: usize,
-    /// For payloads and work of all connections.
+    /// Bytes for the payloads and work of all connections.
     pub writes_bytes: usize,
 }
 
 impl Division {
-    /// Divides `memory_bytes`, 16 MiB at least, for as many connections as are usual.
+    /// Divides `memory_bytes`, at least 16 MiB, for the default number of connections.
     pub fn of(memory_bytes: u64) -> Division {
         let count = (memory_bytes / BYTES_PER_CONNECTION).clamp(1, CONNECTIONS_DEFAULT);
         Division::divide(memory_bytes, count)
     }
 
-    /// Divides it for `connections`, [`CONNECTIONS_LIMIT`] at most; or how much memory they need.
+    /// Divides it for `connections`, at most [`CONNECTIONS_LIMIT`]. Fails with the memory that they
+    /// need.
     pub fn with_connections(memory_bytes: u64, connections: u32) -> Result<Division, u64> {
         let places = places(u64::from(connections.min(CONNECTIONS_LIMIT)));
         let needed =
@@ -97,7 +97,7 @@ impl Division {
         Ok(Division::divide(memory_bytes, u64::from(connections)))
     }
 
-    /// What all connections get.
+    /// The share of all connections.
     fn share(memory_bytes: u64) -> u64 {
         (memory_bytes / CONNECTIONS_SHARE).clamp(CONNECTIONS_BYTES_MIN, CONNECTIONS_BYTES_MAX)
     }
@@ -119,7 +119,7 @@ impl Division {
         }
     }
 
-    /// All that connections can take.
+    /// The most that connections can take.
     #[cfg(test)]
     fn connections_bytes(&self) -> usize {
         let places = places(self.connections_max as u64) as usize;
@@ -127,15 +127,15 @@ impl Division {
     }
 }
 
-/// Connections of which there can be `count` at a time, with those kept for peers that have few.
+/// Connections if `count` are allowed at a time, including those kept for peers that have few.
 fn places(count: u64) -> u64 {
     count + reserve(count as usize) as u64
 }
 
-/// What connections share.
+/// The memory that connections share.
 pub struct Memory {
     division: Division,
-    /// [`STUCK`], but in tests.
+    /// [`STUCK`], except in tests.
     stuck: Duration,
     state: Mutex<State>,
     changed: Condvar,
@@ -144,14 +144,13 @@ pub struct Memory {
 struct State {
     replies_free: usize,
     writes_free: usize,
-    /// Who waits for memory for writes: by numbers, of which `next` is the next.
+    /// The next number for a request that waits for memory for writes.
     next: u64,
     work: VecDeque<u64>,
     payloads: VecDeque<u64>,
-    /// Since when there has been too little for somebody, and the least of what was asked for in
-    /// vain.
+    /// Since when a request has lacked memory, and the smallest amount that was requested in vain.
     starved: Option<(Instant, usize)>,
-    /// When somebody gave up waiting.
+    /// When a request last gave up waiting.
     gave_up: Option<Instant>,
 }
 
@@ -161,7 +160,7 @@ impl State {
         self.next
     }
 
-    /// Whether there are `bytes`. That there are not is noted.
+    /// Whether `bytes` are free; records it if they are not.
     fn has(&mut self, bytes: usize) -> bool {
         let has = self.writes_free >= bytes;
         if !has {
@@ -178,7 +177,7 @@ pub fn payload_charge(bytes: usize) -> usize {
 }
 
 impl Memory {
-    /// All of it free.
+    /// Makes the memory, with all of it free.
     pub fn new(division: Division) -> Memory {
         let state = State {
             replies_free: division.replies_bytes,
@@ -197,34 +196,35 @@ impl Memory {
         &self.division
     }
 
-    /// What payloads never take of the memory for writes: clients that stop within theirs must not
-    /// hold up work.
+    /// The part of the memory for writes that payloads never take: clients that stop within a
+    /// payload must not block work.
     fn kept_for_work(&self) -> usize {
         (self.division.writes_bytes / KEPT_FOR_WORK_SHARE).min(KEPT_FOR_WORK_MAX)
     }
 
-    /// The largest payload that can be taken whole: whole pages.
+    /// The largest payload, in whole pages, that can be taken as a whole.
     pub fn payload_bytes_max(&self) -> usize {
         let all = self.division.writes_bytes - self.kept_for_work();
         let bytes = all.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
         (bytes / PAGE * PAGE).max(PAGE)
     }
 
-    /// The largest payload for which a connection's own bytes do: whole pages.
+    /// The largest payload, in whole pages, for which a connection's own bytes are enough.
     pub fn own_payload_bytes_max(&self) -> usize {
         let bytes =
             self.division.own_bytes.saturating_sub(REQUEST_BYTES) / (LISTS_SHARE + 1) * LISTS_SHARE;
         (bytes / PAGE * PAGE).max(PAGE)
     }
 
-    // Plain numbers, right at every step: a panic elsewhere does not spoil them.
+    // The state is plain numbers, consistent at every step, so a panic elsewhere does not
+    // invalidate it.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Memory for a reply of a connection that holds `held` bytes of it: `wanted`, or less, but not
-    /// less than `least`; never more than what is left free afterwards, so that the next connection
-    /// finds some, however many stalled ones there are.
+    /// Takes memory for a reply of a connection that holds `held` bytes: `wanted`, or less, but at
+    /// least `least`; never more than stays free afterwards, so that the next connection finds
+    /// some, however many stalled ones there are.
     pub fn take_reply(&self, held: usize, wanted: usize, least: usize) -> Option<usize> {
         let mut state = self.lock();
         let given = (state.replies_free.saturating_sub(held) / 2).min(wanted);
@@ -245,7 +245,7 @@ impl Memory {
         );
     }
 
-    /// Waits for memory for work, in order; how much was taken: no more than there is.
+    /// Waits in order for memory for work. Returns how much was taken: at most all there is.
     pub fn take_work(&self, bytes: usize) -> usize {
         let bytes = bytes.min(self.division.writes_bytes);
         let mut state = self.lock();
@@ -258,8 +258,8 @@ impl Memory {
         bytes
     }
 
-    /// Waits for memory for a payload, in order; how much was taken: no more than there is. `None`
-    /// if that takes too long, or if there is none and this one `has_waited` before.
+    /// Waits in order for memory for a payload. Returns how much was taken, at most all there is,
+    /// or `None` if that takes too long, or if there is none and this payload `has_waited` before.
     pub fn take_payload(&self, bytes: usize, has_waited: bool) -> Option<usize> {
         let kept = self.kept_for_work();
         let bytes = bytes.min(self.division.writes_bytes - kept);
@@ -276,8 +276,7 @@ impl Memory {
             }
             let now = Instant::now();
             let begun = *begun.get_or_insert(now);
-            // Those who come later don't wait all over again for what others have waited for in
-            // vain.
+            // Later requests don't repeat the whole wait if earlier ones have waited in vain.
             let since = state.starved.map_or(begun, |(since, _)| since.min(begun));
             let patience = self.stuck.saturating_sub(now.saturating_duration_since(since));
             if patience.is_zero() || has_waited {
@@ -316,14 +315,14 @@ impl Memory {
         self.changed.notify_all();
     }
 
-    /// Whether somebody waits for memory for writes, or has given it up lately.
+    /// Whether a request waits for memory for writes, or has recently given up.
     pub fn is_waited_for(&self) -> bool {
         let state = self.lock();
         let is_wanted = state.gave_up.is_some_and(|gave_up| gave_up.elapsed() < WANTED);
         is_wanted || !state.work.is_empty() || !state.payloads.is_empty()
     }
 
-    /// Bytes of both pools that are taken.
+    /// The bytes that are taken from both pools.
     #[cfg(any(test, fuzzing))]
     pub fn taken(&self) -> usize {
         let state = self.lock();
@@ -338,7 +337,7 @@ mod tests {
     use super::super::transmission::WORK_BYTES;
     use super::*;
 
-    /// If it did not add up, `--memory` would be a wish.
+    /// If the parts did not add up, `--memory` would not be a limit.
     #[test]
     fn what_is_divided_is_all_of_the_memory_and_no_more() {
         for mib in [16, 17, 24, 33, 64, 100, 256, 1000, 4096, 1 << 16] {
@@ -353,8 +352,8 @@ mod tests {
         assert_eq!(Division::of(64 * MIB).connections_max, 128);
     }
 
-    /// Connections that were asked for must each have their buffers; where the memory does not do,
-    /// what would is said.
+    /// Each requested connection must have its buffers; if the memory is not enough, the error says
+    /// how much would be.
     #[test]
     fn any_number_of_connections_fits_into_the_memory_or_the_memory_that_it_needs_is_told() {
         for count in [1, 7, 128, 1024, CONNECTIONS_LIMIT] {
@@ -379,8 +378,8 @@ mod tests {
     }
 
     /// A handle may pin a quarter of the memory, and a read that finds no pins left waits behind
-    /// all that find some. If this fails, a client that asks for CACHE all the time may wait for
-    /// ever for what it reads beside.
+    /// all that find some. If this fails, a client that constantly requests CACHE may wait for ever
+    /// for its reads.
     #[test]
     fn what_a_connection_has_under_way_pins_less_than_it_may() {
         for mib in [16, 17, 24, 33, 64, 100, 256, 1000, 4096, 1 << 16] {
@@ -388,8 +387,8 @@ mod tests {
             let may_pin = division.engine_bytes as usize / (PAGE + 512) / 4;
             let requests = super::super::Limits::default().requests_max;
             let caching = requests.min(division.writes_bytes / WORK_BYTES);
-            // A connection has no more of the memory for replies than it leaves free; its reads may
-            // begin and end within pages.
+            // A connection takes no more of the memory for replies than it leaves free; its reads
+            // may begin and end within pages.
             let reads = (division.replies_bytes / 2 + division.own_bytes) / PAGE + 2 * requests;
             let pins = caching * super::super::volume::CACHE_PAGES + reads;
             assert!(
@@ -399,8 +398,7 @@ mod tests {
         }
     }
 
-    /// One client that never reads must not leave the others with nothing, nor must a hundred of
-    /// them.
+    /// Neither one client that never reads nor a hundred of them may leave the others with nothing.
     #[test]
     fn however_many_hold_memory_for_replies_the_next_one_gets_some_or_has_its_own() {
         let memory = Memory::new(Division::of(64 * MIB));
@@ -422,8 +420,8 @@ mod tests {
         );
     }
 
-    /// Clients that stop within a payload keep its memory until they are cut off: nobody else is to
-    /// wait for that, nor for those that queue up behind them and may do the same.
+    /// Clients that stop within a payload keep its memory until they are cut off: no other may wait
+    /// for that, nor for those that queue behind them and may do the same.
     #[test]
     fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
         let mut memory = Memory::new(Division::of(16 * MIB));
@@ -462,8 +460,8 @@ mod tests {
         assert!(own >= PAGE && payload_charge(own) <= memory.division().own_bytes);
     }
 
-    /// If a large write could be overtaken for ever by small ones, a file system's would time out
-    /// under load.
+    /// If small writes could overtake a large one for ever, a file system's large write would time
+    /// out under load.
     #[test]
     fn memory_for_writes_is_given_in_the_order_of_asking() {
         let memory = Memory::new(Division::of(16 * MIB));

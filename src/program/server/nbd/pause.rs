@@ -1,18 +1,18 @@
-//! Waiting for a busy store: without holding up other requests, and for as long as somebody waits
-//! for the answer.
+//! Waits for a busy store without blocking other requests, as long as the client waits for the
+//! answer.
 //!
 //! ```text
 //! reply thread: block_on(work of the connection) ── parks until something wakes it, or the next pause is over
 //!                     └─ request: Busy ── pause 1 ms … 50 ms ── again, while the connection lives
 //! ```
-//! 1. A pause on a connection's reply thread takes only the request's own time. On any other thread
-//!    it takes the thread's.
-//! 2. `Busy` and `Conflict` are no failures: they are waited for while the connection lives, and
-//!    [`LAST_TRIES`] longer. Who would hear of them puts a file system into read-only mode. Where
-//!    there is no connection, [`ALONE`] is the limit.
-//! 3. Nothing is tried for a client that is gone: a late write would land on what it has written
-//!    over its next connection.
-//! 4. That requests wait is said at most once in [`WARNING_PAUSE`].
+//! 1. A pause on a connection's reply thread delays only the request itself. On any other thread it
+//!    blocks the thread.
+//! 2. `Busy` and `Conflict` are not failures: requests are retried while the connection lives, and
+//!    [`LAST_TRIES`] longer. A client that saw them would make a file system read-only. Without a
+//!    connection, [`ALONE`] is the limit.
+//! 3. Nothing is retried for a client that is gone: a late write would overwrite what it has
+//!    written through its next connection.
+//! 4. A warning that requests wait is logged at most once in [`WARNING_PAUSE`].
 
 use super::proto::{Errno, Fault};
 use corepage::{Error, ErrorKind};
@@ -26,12 +26,13 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 use tracing::warn;
 
-/// Pauses between tries: each is twice the one before it.
+/// The pauses between attempts: each is twice as long as the one before it.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(50);
-/// How long tries go on once the client has said goodbye or ended its sending, or the server stops.
+/// How long retries continue once the client has said goodbye or stopped sending, or the server
+/// stops.
 const LAST_TRIES: Duration = Duration::from_secs(1);
-/// How long they go on where no client's connection is known, in a handshake.
+/// How long they continue where no connection is known, in a handshake.
 const ALONE: Duration = Duration::from_secs(5);
 /// Requests that wait longer than this are worth a warning.
 const WARNING_AFTER: Duration = Duration::from_secs(1);
@@ -44,27 +45,27 @@ thread_local! {
 /// When the last warning was given.
 static WARNED: Mutex<Option<Instant>> = Mutex::new(None);
 
-/// What a connection knows of its client.
+/// What a connection knows about its client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Client {
-    /// It waits for its answers.
+    /// The client waits for its answers.
     Waits,
-    /// It has said goodbye or ended its sending, or the server stops.
+    /// It has said goodbye or stopped sending, or the server stops.
     Ends,
-    /// It takes no answers, and nothing that it asked for is to be begun.
+    /// It takes no answers, and none of its requests may begin.
     IsGone,
 }
 
 type Look = Box<dyn Fn() -> Client>;
 
-/// Pauses of this thread's requests.
+/// The pauses of this thread's requests.
 struct Timers {
     sleeping: BTreeMap<(Instant, u64), Waker>,
     next: u64,
     client: Look,
 }
 
-/// Takes the timers off the thread, also after a panic.
+/// Removes the timers from the thread, even after a panic.
 struct Installed;
 
 impl Drop for Installed {
@@ -73,7 +74,7 @@ impl Drop for Installed {
     }
 }
 
-/// Runs the work of a connection on this thread; `client` says what is known of its client.
+/// Runs the work of a connection on this thread; `client` tells what is known about its client.
 pub fn block_on<T>(client: impl Fn() -> Client + 'static, work: impl Future<Output = T>) -> T {
     HERE.set(Some(Timers { sleeping: BTreeMap::new(), next: 0, client: Box::new(client) }));
     let _installed = Installed;
@@ -98,7 +99,7 @@ pub fn block_on<T>(client: impl Fn() -> Client + 'static, work: impl Future<Outp
     }
 }
 
-/// Those whose pause is over. They are woken outside of the borrow.
+/// Returns the wakers whose pause is over, to be woken outside of the borrow.
 fn due(now: Instant) -> Vec<Waker> {
     HERE.with_borrow_mut(|here| {
         let Some(timers) = here else { return Vec::new() };
@@ -110,7 +111,7 @@ fn due(now: Instant) -> Vec<Waker> {
     })
 }
 
-/// Over at a time.
+/// A pause that ends at a given time.
 struct Pause {
     end: Instant,
     number: Option<u64>,
@@ -153,16 +154,17 @@ impl Drop for Pause {
     }
 }
 
-/// The client of the connection whose thread this is; `None`: it is of no connection.
+/// The client of the connection whose thread this is; `None` if the thread belongs to no
+/// connection.
 fn client() -> Option<Client> {
     HERE.with_borrow(|here| here.as_ref().map(|timers| (timers.client)()))
 }
 
-/// How long a request has waited.
+/// Tracks how long a request has waited.
 struct Wait {
     begun: Instant,
     pause: Duration,
-    /// Since when nobody waits for the answer.
+    /// Since when the client no longer waits for the answer.
     ended: Option<Instant>,
 }
 
@@ -178,8 +180,8 @@ impl Wait {
     }
 }
 
-/// Tries, unless the client is gone, and again while the store is busy. `fault` makes the client's
-/// view of any other error.
+/// Makes an attempt, unless the client is gone, and repeats it while the store is busy. `fault`
+/// converts any other error for the client.
 pub async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
     mut attempt: impl FnMut() -> F,
     fault: impl Fn(Error) -> Fault,
@@ -234,15 +236,15 @@ mod tests {
         Fault::new(Errno::Io, error.to_string())
     }
 
-    /// One request that waits must not hold up those that need not.
+    /// A request that waits must not block those that need not wait.
     #[test]
     fn a_pause_on_a_reply_thread_is_the_requests_own() {
         let (tries, others) = (AtomicU32::new(0), AtomicU32::new(0));
         let executor = async_executor::LocalExecutor::new();
         let waits = async {
             let attempt = || async {
-                // Busy until the other has had many turns: if it never has one, this test does not
-                // end.
+                // It stays busy until the other has had many turns: if that never gets one, this
+                // test does not end.
                 tries.fetch_add(1, Ordering::Relaxed);
                 if others.load(Ordering::Relaxed) < 1000 { Err(busy()) } else { Ok(7) }
             };
@@ -261,8 +263,8 @@ mod tests {
         assert!(tries.load(Ordering::Relaxed) < 500, "it does not pause");
     }
 
-    /// A connection whose client has gone must end, and a server stop, though the store never is
-    /// less busy.
+    /// A connection whose client is gone must end, and a server must stop, even if the store stays
+    /// busy for ever.
     #[test]
     fn nobody_waits_for_an_answer_that_nobody_waits_for() {
         let ended = Arc::new(AtomicBool::new(false));
@@ -280,8 +282,8 @@ mod tests {
         assert!(matches!(result, Err(Fault { errno: Errno::Io, .. })), "{result:?}");
     }
 
-    /// The client may have written the same bytes over its next connection: what is tried later
-    /// than that undoes it.
+    /// The client may have written the same bytes through its next connection: a later attempt
+    /// would undo that.
     #[test]
     fn nothing_is_tried_again_for_a_client_that_is_gone() {
         let (tries, gone_after) = (Arc::new(AtomicU32::new(0)), 3);

@@ -1,13 +1,13 @@
-//! Every NBD number and every byte layout, and nothing else: bytes in, checked types out.
+//! All numbers and byte layouts of NBD, and nothing else: it turns bytes into checked types.
 //!
 //! Source: `doc/proto.md` of the repository NetworkBlockDevice/nbd. All numbers on the wire are big
 //! endian.
 //!
-//! 1. Parsing takes bytes of known length and never panics: what does not fit is an error of the
-//!    caller's choice.
+//! 1. Parsing takes bytes of known length and never panics: the caller chooses the error for what
+//!    does not fit.
 //!
-//! Numbers are here, layouts below: of the handshake in `options`, of the transmission in
-//! `requests` and `replies`. Does no I/O and decides nothing about exports.
+//! Numbers are here, layouts in the files below: those of the handshake in `options`, those of the
+//! transmission in `requests` and `replies`. It does no I/O and decides nothing about exports.
 
 mod options;
 mod replies;
@@ -44,26 +44,26 @@ pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
 pub const SERVER_FLAGS: u16 = 1 | 1 << 1;
 /// Client flag: the client knows fixed newstyle.
 pub const CLIENT_FIXED_NEWSTYLE: u32 = 1;
-/// Client flag: leave the 124 zeros out.
+/// Client flag: leave out the 124 zeros.
 pub const CLIENT_NO_ZEROES: u32 = 1 << 1;
 
 /// Options that this server knows.
 pub mod option {
-    /// Ends the handshake; can't fail politely.
+    /// Ends the handshake; it has no error reply.
     pub const EXPORT_NAME: u32 = 1;
-    /// The client goes away.
+    /// The client leaves.
     pub const ABORT: u32 = 2;
-    /// Names of the exports.
+    /// Asks for the names of the exports.
     pub const LIST: u32 = 3;
-    /// Facts about an export.
+    /// Asks for facts about an export.
     pub const INFO: u32 = 6;
-    /// Facts about an export, then transmission.
+    /// Asks for facts about an export, then begins the transmission.
     pub const GO: u32 = 7;
-    /// Replies in chunks from now on.
+    /// Asks for replies in chunks from now on.
     pub const STRUCTURED_REPLY: u32 = 8;
-    /// Which metadata contexts there are.
+    /// Asks which metadata contexts there are.
     pub const LIST_META_CONTEXT: u32 = 9;
-    /// Which metadata contexts BLOCK_STATUS is to tell about.
+    /// Selects the metadata contexts that BLOCK_STATUS reports.
     pub const SET_META_CONTEXT: u32 = 10;
 }
 
@@ -85,7 +85,7 @@ pub mod reply {
     pub const ERR_UNKNOWN: u32 = 1 << 31 | 6;
     /// The server is going away.
     pub const ERR_SHUTDOWN: u32 = 1 << 31 | 7;
-    /// The option's data is longer than this server takes.
+    /// The option's data is longer than this server accepts.
     pub const ERR_TOO_BIG: u32 = 1 << 31 | 9;
 }
 
@@ -109,13 +109,13 @@ pub mod chunk {
     pub const HOLE: u16 = 2;
     /// Extents of a metadata context.
     pub const BLOCK_STATUS: u16 = 5;
-    /// What went wrong, as a number and as text.
+    /// The error, as a number and as text.
     pub const ERROR: u16 = 1 << 15 | 1;
     /// Flag: the last chunk of its reply.
     pub const DONE: u16 = 1;
 }
 
-/// The one metadata context here: which bytes are stored, and which are holes.
+/// The only metadata context of this server: which bytes are stored, and which are holes.
 pub const ALLOCATION: &str = "base:allocation";
 /// Its number, once chosen.
 pub const ALLOCATION_ID: u32 = 1;
@@ -135,7 +135,7 @@ pub fn export_flags(structured: bool) -> u16 {
 pub struct Agreed {
     /// Replies are in chunks.
     pub structured: bool,
-    /// BLOCK_STATUS may be asked.
+    /// BLOCK_STATUS may be used.
     pub allocation: bool,
 }
 
@@ -153,19 +153,19 @@ pub mod flag {
     pub const FAST_ZERO: u16 = 1 << 4;
 }
 
-/// Smallest unit of a request: anything goes.
+/// The smallest unit of a request: any length is allowed.
 pub const BLOCK_MIN_BYTES: u32 = 1;
-/// What clients should use: a page.
+/// The unit that clients should use: a page.
 pub const BLOCK_PREFERRED_BYTES: u32 = 4096;
-/// Largest READ or WRITE that is announced: what clients may assume without asking, so less would
-/// break them. Larger ones are served like any other, in parts, but for a READ that must be
-/// answered by one chunk.
+/// The largest READ or WRITE that is announced. Clients may assume this size without asking, so
+/// less would break them. Larger ones are served in parts like any other, except for a READ that
+/// must be answered by one chunk.
 pub const PAYLOAD_BYTES_MAX: u32 = 32 << 20;
 /// Longest string of the protocol.
 pub const STRING_BYTES_MAX: usize = 4096;
-/// Longest option that is read at all: room for the longest name, and any list of facts (2 bytes
-/// each) or of metadata contexts that makes sense. In a handshake it is all that a connection
-/// holds; `serve --help` counts it.
+/// The longest option that is read: room for the longest name, and any reasonable list of facts (2
+/// bytes each) or of metadata contexts. In a handshake a connection holds nothing else; `serve
+/// --help` counts it.
 pub const OPTION_BYTES_MAX: u32 = 64 << 10;
 
 /// Errors of the transmission phase, with their numbers on the wire.
@@ -178,15 +178,15 @@ pub enum Errno {
     Invalid = 22,
     /// No space, or a write beyond the end.
     NoSpace = 28,
-    /// A READ too large for the one chunk that it asks for.
+    /// A READ that is too large for the single chunk that it requires.
     Overflow = 75,
-    /// Can't be done as fast as asked.
+    /// It can't be done as fast as required.
     NotSupported = 95,
     /// The server is going away, or what it exported here was deleted.
     Shutdown = 108,
 }
 
-/// Why a request fails: the number for the client's program, the text for its user.
+/// Why a request fails: a number for the client's program, and a text for its user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// The number.
@@ -196,7 +196,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// A failure, and what it is about.
+    /// Makes a failure; `message` says what it is about.
     pub fn new(errno: Errno, message: impl Into<Cow<'static, str>>) -> Self {
         Fault { errno, message: message.into() }
     }

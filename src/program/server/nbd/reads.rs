@@ -1,12 +1,12 @@
-//! Answers to reads: whole where there is memory for that, else piece by piece.
+//! Answers reads: as a whole if there is memory for that, else piece by piece.
 //!
-//! 1. A read whose data has memory is answered as a whole, in the order in which reads end.
-//! 2. A larger one is answered in pieces as large as the memory that it has, each read when the one
-//!    before it is written. In chunks (structured replies) other replies may come between. A reply
-//!    that must be in one piece has the socket to itself: with a failure behind its head, which
-//!    can't be told any more, the connection ends, as the protocol asks for.
+//! 1. A read that has memory for its data is answered as a whole, in the order in which reads end.
+//! 2. A larger one is answered in pieces as large as its memory, each of which is read when the one
+//!    before it is written. Between chunks (structured replies), other replies may be sent. A reply
+//!    that must be in one piece has the socket to itself: a failure after its header can't be
+//!    reported, so the connection ends, as the protocol requires.
 //!
-//! Does not know what is behind an [`Export`].
+//! It does *not* know what is behind an [`Export`].
 
 use super::Export;
 use super::gate::Pass;
@@ -17,21 +17,21 @@ use std::io::IoSlice;
 use std::ops::Range;
 use tracing::warn;
 
-/// The largest chunk of a reply in chunks: more at a time makes it no faster.
+/// The largest chunk of a reply in chunks: larger ones make it no faster.
 pub const STREAM_BYTES: usize = 1 << 20;
 const PAGE: usize = 4096;
-/// Shorter holes beside data are told as data: with the heads around them they would be longer.
+/// Shorter holes next to data are sent as data: with the headers around them they would be longer.
 const HOLE_BYTES_MIN: usize = 64;
-/// A shorter hole has no room for its chunk, even alone.
+/// A hole that is shorter has no room for its chunk, even on its own.
 const LONE_HOLE_BYTES_MIN: usize = 4;
 
 impl<E: Export> Connection<'_, E> {
-    /// Whether the answer to a read must be one piece.
+    /// Whether the answer to a read must be in one piece.
     pub(super) fn is_in_one(&self, request: &Request) -> bool {
         !self.agreed.structured || request.flags & flag::DF != 0
     }
 
-    /// What stands in front of all the data of a reply in one piece.
+    /// The header in front of all the data of a reply in one piece.
     fn head(&self, request: &Request) -> Vec<u8> {
         match self.agreed.structured {
             false => proto::simple_reply(request.cookie, Ok(())).to_vec(),
@@ -45,7 +45,7 @@ impl<E: Export> Connection<'_, E> {
         }
     }
 
-    /// The whole reply to a read.
+    /// Returns the whole reply to a read.
     pub(super) async fn read(&self, request: &Request) -> Result<Vec<u8>, Fault> {
         let length = request.length as usize;
         if length == 0 && self.agreed.structured {
@@ -67,8 +67,8 @@ impl<E: Export> Connection<'_, E> {
         Ok(out)
     }
 
-    /// Answers a read in pieces. An error is for the client: nothing was written yet, or whole
-    /// chunks.
+    /// Answers a read in pieces. An error can be sent to the client: nothing was written yet, or
+    /// only whole chunks.
     pub(super) async fn stream(&self, request: &Request, pass: &Pass<'_>) -> Result<(), Fault> {
         let is_in_one = self.is_in_one(request);
         let mut turn = if is_in_one { Some(self.turn.lock().await) } else { None };
@@ -83,7 +83,8 @@ impl<E: Export> Connection<'_, E> {
             let (is_first, is_last) = (offset == request.offset, offset + length as u64 == end);
             match result {
                 Err(fault) if is_in_one && !is_first => {
-                    warn!(fault = %fault.message, "a read failed behind the head of its reply: the connection ends");
+                    let fault = &fault.message;
+                    warn!(%fault, "a read failed after the header of its reply: the connection ends");
                     self.hang_up();
                     return Ok(());
                 }
@@ -102,7 +103,7 @@ impl<E: Export> Connection<'_, E> {
             offset += length as u64;
             if !is_in_one {
                 turn = None;
-                // What has become ready meanwhile does not wait for all of this.
+                // Replies that have become ready meanwhile don't wait for the rest.
                 self.write_ready();
             }
             futures_lite::future::yield_now().await;
@@ -112,15 +113,15 @@ impl<E: Export> Connection<'_, E> {
     }
 }
 
-/// The length of the next piece: it ends where a page ends, or all of it does.
+/// The length of the next piece: it ends at the end of a page, or of the read.
 fn piece(offset: u64, end: u64, room: usize) -> usize {
     let most = (end - offset).min(room as u64);
     let behind = (offset + most) / PAGE as u64 * PAGE as u64;
     if offset + most < end && behind > offset { (behind - offset) as usize } else { most as usize }
 }
 
-/// Makes chunks of what was read at `offset`, in place: `out` is room for one head, and the data.
-/// How many bytes they are.
+/// Turns what was read at `offset` into chunks, in place: `out` has room for one header, and the
+/// data. Returns how many bytes they are.
 fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Holes) -> usize {
     let data_bytes = out.len() - DATA_CHUNK_HEAD_BYTES;
     let (mut to, mut pieces) = (0, holes.pieces(data_bytes, LONE_HOLE_BYTES_MIN));
@@ -134,8 +135,8 @@ fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Ho
             out[to..to + chunk.len()].copy_from_slice(&chunk);
             to += chunk.len();
         } else {
-            // Never over what is still to be moved: a hole in front of it has left room for its own
-            // chunk and this head.
+            // This never overwrites data that has yet to be moved: a hole in front of it has left
+            // room for its own chunk and this header.
             assert!(to <= start, "a chunk over data that was not told yet");
             let head = proto::data_chunk_head(cookie, done, offset, end - start);
             out.copy_within(
@@ -154,7 +155,7 @@ mod tests {
     use super::*;
     use corepage::testing::random::Rng;
 
-    /// A piece that never ends, or of no bytes, is a client that waits for ever.
+    /// If a piece never ends, or has no bytes, a client waits for ever.
     #[test]
     fn pieces_of_a_read_cover_it_and_end_with_pages() {
         for (offset, length, room) in [
@@ -178,7 +179,7 @@ mod tests {
         }
     }
 
-    /// Chunks are made where the data lies: one byte moved too early is wrong data at a client.
+    /// Chunks are made in place: one byte that is moved too early is wrong data at a client.
     #[test]
     fn chunks_made_in_place_hold_what_was_read() {
         let mut rng = Rng::new(1);

@@ -1,11 +1,11 @@
-//! Connections and their end: accepts, counts, stops.
+//! Accepts, counts and stops connections.
 //!
 //! 1. A connection is in the table from before its threads start until after they have ended.
-//! 2. [`Server::stop`]: no new connections, no new requests (`ESHUTDOWN`), what is in flight is
-//!    answered; a client that does not take its replies is cut off after the grace time. When it
-//!    returns true, nobody uses the exports any more.
+//! 2. [`Server::stop`] accepts no new connections and no new requests (`ESHUTDOWN`), and answers
+//!    those in flight; a client that does not take its replies is cut off after the grace time.
+//!    When it returns true, the exports are no longer in use.
 //!
-//! Does not close the store.
+//! It does *not* close the store.
 
 use super::admission::{Admission, Peer};
 use super::handshake::{Outcome, handshake};
@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 
 /// How long after the grace time requests may still wait for the store.
 const STORE_WAIT: Duration = Duration::from_secs(30);
-/// Between two tries to accept when the process has run out of descriptors.
+/// The pause between two attempts to accept when the process has run out of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
 /// A server at work.
@@ -48,7 +48,7 @@ struct Connections {
 }
 
 impl<X: Exports> Server<X> {
-    /// Starts a thread per listener.
+    /// Starts a thread for each listener.
     pub fn start(
         listeners: Vec<Listener>,
         exports: X,
@@ -85,8 +85,8 @@ impl<X: Exports> Server<X> {
         &self.shared.exports
     }
 
-    /// Ends it, see the head of this file. False if requests still wait for the store after a long
-    /// time.
+    /// Stops the server: see the head of this file. Returns false if requests still wait for the
+    /// store after a long time.
     pub fn stop(mut self) -> bool {
         self.shared.stopping.store(true, Ordering::Release);
         for (listener, thread) in self.acceptors.drain(..) {
@@ -97,7 +97,7 @@ impl<X: Exports> Server<X> {
         if self.shared.wait_empty(self.shared.limits.grace) {
             return true;
         }
-        warn!("some clients do not take their replies: cutting them off");
+        warn!("some clients don't take their replies: cutting them off");
         self.shared.shut_all(Shutdown::Both);
         self.shared.wait_empty(STORE_WAIT)
     }
@@ -120,7 +120,8 @@ fn accept<X: Exports>(listener: &Listener, shared: &Arc<Shared<X>>) {
 }
 
 impl<X: Exports> Shared<X> {
-    // Plain data, right at every step: a panic elsewhere does not spoil it.
+    // The state is plain data, consistent at every step, so a panic elsewhere does not invalidate
+    // it.
     fn lock(&self) -> MutexGuard<'_, Connections> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -132,7 +133,9 @@ impl<X: Exports> Shared<X> {
         if let Err(refused) = connections.admission.enter(peer) {
             drop(connections);
             let (of_peer, open) = (refused.of_peer, refused.open);
-            warn!(%peer, of_peer, open, "too many connections: a client is refused; `serve --connections` allows more");
+            let what =
+                "too many connections: a client is refused; `serve --connections` allows more";
+            warn!(%peer, of_peer, open, "{what}");
             return;
         }
         let (id, socket) = (connections.next, Arc::new(socket));
@@ -144,7 +147,7 @@ impl<X: Exports> Shared<X> {
             if let Err(e) = entry.shared.connection(id, &socket) {
                 info!(connection = id, error = %e, "connection ended");
             }
-            // Only now, with no request under way, does the entry go.
+            // The entry is removed only now that no request is in progress.
             socket.shut(Shutdown::Both);
             drop(entry);
         };
@@ -174,7 +177,7 @@ impl<X: Exports> Shared<X> {
     }
 }
 
-/// Takes a connection out of the table however its thread ends.
+/// Removes a connection from the table however its thread ends.
 struct Entry<X: Exports> {
     shared: Arc<Shared<X>>,
     id: u64,

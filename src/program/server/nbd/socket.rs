@@ -1,8 +1,8 @@
-//! A stream socket of either family behind one face.
+//! A stream socket of either family behind one interface.
 //!
 //! 1. Reads and writes go through `&Socket`, so that one thread can read while another writes.
-//! 2. [`Socket::shut`] can be called from any thread and wakes whoever is blocked in a read or a
-//!    write.
+//! 2. [`Socket::shut`] can be called from any thread and wakes threads that are blocked in a read
+//!    or a write.
 
 use super::admission::Peer;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -51,23 +51,23 @@ impl Socket {
         }
     }
 
-    /// Ends one direction or both; a socket that is gone already is fine.
+    /// Shuts down one direction or both; a socket that is already closed is fine.
     pub fn shut(&self, how: Shutdown) {
         let _ = either!(self, s => s.shutdown(how));
     }
 
-    /// Whether the other side has ended its sending, or is gone.
+    /// Whether the other side has stopped sending, or is gone.
     pub fn has_hung_up(&self) -> bool {
         self.has_event(PollFlags::RDHUP)
     }
 
-    /// Whether nothing that is sent can arrive any more. Of a TCP client that has closed its side
-    /// in order this is known only once something was sent to it.
+    /// Whether nothing that is sent can arrive any more. For a TCP client that has closed its side
+    /// normally this is known only once something was sent to it.
     pub fn is_dead(&self) -> bool {
         self.has_event(PollFlags::empty())
     }
 
-    /// Whether `wanted`, a hang-up or an error is there now.
+    /// Whether `wanted`, a hang-up or an error is reported now.
     fn has_event(&self, wanted: PollFlags) -> bool {
         let fd = match self {
             Socket::Tcp(stream) => stream.as_fd(),
@@ -81,12 +81,13 @@ impl Socket {
         found && event[0].revents().intersects(wanted | PollFlags::HUP | PollFlags::ERR)
     }
 
-    /// Reads fail with `WouldBlock` or `TimedOut` after `limit`; `None`: they wait for ever.
+    /// Makes reads fail with `WouldBlock` or `TimedOut` after `limit`; with `None` they wait for
+    /// ever.
     pub fn set_read_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         either!(self, s => s.set_read_timeout(limit))
     }
 
-    /// The same of writes.
+    /// Does the same for writes.
     pub fn set_write_timeout(&self, limit: Option<Duration>) -> io::Result<()> {
         either!(self, s => s.set_write_timeout(limit))
     }
@@ -113,7 +114,7 @@ impl Write for &Socket {
 #[cfg(any(test, fuzzing))]
 pub use canned::Canned;
 
-/// A client whose every byte is known beforehand.
+/// A client whose bytes are all known beforehand.
 #[cfg(any(test, fuzzing))]
 mod canned {
     use std::io::{self, IoSlice, Read, Write};
@@ -121,8 +122,8 @@ mod canned {
     use std::sync::{Mutex, MutexGuard, PoisonError};
     use std::time::Duration;
 
-    /// It says its bytes in pieces, hangs up after them, and takes answers up to a limit; then it
-    /// is gone.
+    /// A client that sends its bytes in pieces, hangs up after them, and takes answers up to a
+    /// limit; then it is gone.
     #[derive(Debug)]
     pub struct Canned(Mutex<State>);
 
@@ -137,7 +138,8 @@ mod canned {
     }
 
     impl Canned {
-        /// Says `said` in pieces of `piece` bytes at most, and takes `room` bytes.
+        /// Makes a client that sends `said` in pieces of at most `piece` bytes, and takes `room`
+        /// bytes.
         pub fn new(said: Vec<u8>, piece: usize, room: usize) -> Self {
             Canned(Mutex::new(State {
                 said,
@@ -149,7 +151,7 @@ mod canned {
             }))
         }
 
-        /// What it was answered.
+        /// The answers that it got.
         pub fn answered(&self) -> Vec<u8> {
             self.lock().answered.clone()
         }
@@ -210,32 +212,32 @@ mod canned {
     }
 }
 
-/// A socket whose reads and writes all together end at one time: a timeout per read would let a
-/// client that sends a byte now and then stay for ever.
+/// A socket with one deadline for all its reads and writes: with a timeout per read, a client that
+/// sends a byte now and then could stay for ever.
 pub struct Deadline<'a> {
     socket: &'a Socket,
     end: Instant,
-    /// For one read or write.
+    /// The limit for a single read or write.
     pause: Duration,
 }
 
 impl<'a> Deadline<'a> {
-    /// From now on, `limit` long.
+    /// Sets the deadline to `limit` from now.
     pub fn new(socket: &'a Socket, limit: Duration) -> Self {
         Deadline { socket, end: Instant::now() + limit, pause: limit }
     }
 
-    /// The same, with no single read or write longer than `pause`.
+    /// Does the same, with no single read or write longer than `pause`.
     pub fn with_pause(socket: &'a Socket, limit: Duration, pause: Duration) -> Self {
         Deadline { pause, ..Deadline::new(socket, limit) }
     }
 
-    /// The same once more, from now on.
+    /// Restarts the deadline from now.
     pub fn restart(&mut self, limit: Duration) {
         self.end = Instant::now() + limit;
     }
 
-    /// Takes the limits off the socket again.
+    /// Removes the limits from the socket.
     pub fn lift(self) -> io::Result<()> {
         self.socket.set_read_timeout(None)?;
         self.socket.set_write_timeout(None)

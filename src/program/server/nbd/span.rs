@@ -1,8 +1,8 @@
-//! Byte ranges as pages: pure planning, no I/O.
+//! Divides byte ranges into pages: pure planning, without I/O.
 //!
 //! 1. The spans of a range cover each of its bytes exactly once, in order; only the first and the
 //!    last can be partial.
-//! 2. A batch of spans never passes its bounds, and is never empty.
+//! 2. A batch of spans never exceeds its limits, and is never empty.
 
 use std::iter::Peekable;
 use std::ops::Range;
@@ -27,13 +27,13 @@ impl Span {
         u64::from(self.length) == PAGE
     }
 
-    /// Its bytes within the page.
+    /// The range of its bytes within the page.
     pub fn in_page(&self) -> Range<usize> {
         self.start as usize..(self.start + self.length) as usize
     }
 }
 
-/// The spans of `length` bytes from `offset` on; the end must not wrap.
+/// The spans of `length` bytes from `offset` on; the end must not overflow.
 pub fn spans(offset: u64, length: u64) -> impl Iterator<Item = Span> {
     let end = offset + length;
     let mut at = offset;
@@ -46,8 +46,8 @@ pub fn spans(offset: u64, length: u64) -> impl Iterator<Item = Span> {
     })
 }
 
-/// Takes spans off `from` for one commit: at most `count_max` of them, and at most `bytes_max` of
-/// what `cost` says, but always one.
+/// Takes spans off `from` for one commit: at most `count_max` of them, and at most `bytes_max`
+/// bytes according to `cost`, but always one.
 pub fn batch<I: Iterator<Item = Span>>(
     from: &mut Peekable<I>,
     count_max: usize,
@@ -73,7 +73,7 @@ mod tests {
         spans(offset, length).map(|s| (s.page, s.start, s.length)).collect()
     }
 
-    /// A byte left out or taken twice is data lost or overwritten.
+    /// If a byte is left out or taken twice, data is lost or overwritten.
     #[test]
     fn spans_cover_a_range_exactly_once() {
         assert_eq!(all(0, 0), []);
@@ -84,8 +84,7 @@ mod tests {
         assert_eq!(all(u64::MAX - 1, 1), [(u64::MAX / 4096, 4094, 1)]);
     }
 
-    /// A commit beyond the limits would be refused by the store, and with it a request that is in
-    /// order.
+    /// The store would refuse a commit beyond the limits, and with it a valid request.
     #[test]
     fn batches_keep_their_bounds_and_lose_nothing() {
         let mut rest = spans(10, 10 * 4096).peekable();

@@ -1,7 +1,8 @@
-//! Exports over a real store: what is told about a volume is true, also while it changes its size.
+//! Tests exports over a real store: what clients are told about a volume is true, even while its
+//! size changes.
 //!
 //! If these fail, clients lose data that they were told is a hole, copy holes as data, or bring
-//! back what was cut off. The protocol without a store: `tests.rs`.
+//! back what was cut off. `tests.rs` tests the protocol without a store.
 
 use super::holes::Holes;
 use super::memory::{Division, Memory};
@@ -15,7 +16,7 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 const GIB: u64 = 1 << 30;
 
-/// An open store with a volume `disk` of 1 TiB on two shards.
+/// Opens a store with a volume `disk` of 1 TiB on two shards.
 fn opened() -> (TempDir, Store, StoreExports) {
     let dir = tempfile::tempdir().unwrap();
     let options = Options { memory_bytes: 32 << 20, shards: Some(2), ..Options::default() };
@@ -29,7 +30,7 @@ fn export(exports: &StoreExports) -> <StoreExports as Exports>::Export {
     exports.find("").unwrap().expect("the only volume").1
 }
 
-/// Length and kind of all extents of a range, asked for as a client does.
+/// Returns length and kind of all extents of a range, requested as a client does.
 fn extents<E: Export>(
     export: &E,
     offset: u64,
@@ -56,13 +57,14 @@ fn extents<E: Export>(
     all
 }
 
-/// A hole that is told as data costs time; data that are told as a hole are lost by every copy.
+/// A hole that is reported as data costs time; data that is reported as a hole is lost by every
+/// copy.
 #[test]
 fn extents_tell_what_is_stored_to_the_page() {
     let (_dir, store, exports) = opened();
     let disk = export(&exports);
     let page = |n: u64| n * PAGE as u64;
-    // The rest of two pages' first and last bytes; a long stretch over many runs; one far out.
+    // Parts of two pages at both ends; a long stretch over many runs; one page far away.
     block_on(disk.write(page(3) + 100, Bytes::from(vec![1; 2 * PAGE]), false)).unwrap();
     block_on(disk.write(page(1000), Bytes::from(vec![2; 5000 * PAGE]), false)).unwrap();
     block_on(disk.write(700 * GIB, Bytes::from_static(b"x"), false)).unwrap();
@@ -88,7 +90,7 @@ fn extents_tell_what_is_stored_to_the_page() {
     block_on(store.close()).unwrap();
 }
 
-/// Holes in a reply are what the client takes for zeros without seeing them.
+/// The client takes holes in a reply for zeros without seeing them.
 #[test]
 fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     let (_dir, store, exports) = opened();
@@ -100,7 +102,7 @@ fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     let end = bytes.len();
     let told = holes.pieces(end, 1);
     let at = |page: usize| page * PAGE - 10;
-    // Page 4 is stored, full of zeros.
+    // Page 4 is stored and full of zeros.
     let pieces =
         [(0..at(2), true), (at(2)..at(3), false), (at(3)..at(4), true), (at(4)..at(5), false)];
     assert_eq!(told, [&pieces[..], &[(at(5)..end, true)]].concat());
@@ -113,8 +115,8 @@ fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     block_on(store.close()).unwrap();
 }
 
-/// A trim of a terabyte must take the time of what is in it, and not a byte more than it was asked
-/// for.
+/// A trim of a terabyte must only take the time for what is stored in it, and must not free a byte
+/// too many.
 #[test]
 fn huge_holes_are_made_to_the_byte() {
     let (_dir, store, exports) = opened();
@@ -137,7 +139,7 @@ fn huge_holes_are_made_to_the_byte() {
     block_on(store.close()).unwrap();
 }
 
-/// A volume changes its size under its clients: old ones must not write behind its end, new ones
+/// A volume changes its size under its clients: old ones must not write beyond its end, new ones
 /// must see all of it.
 #[test]
 fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
@@ -164,7 +166,7 @@ fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
     block_on(store.close()).unwrap();
 }
 
-/// Announced and served: a range of any length, stored or not.
+/// A range of any length, stored or not, must be served as announced.
 #[test]
 fn caching_takes_any_range() {
     let (_dir, store, exports) = opened();

@@ -1,9 +1,9 @@
-//! The protocol against an export in memory, with the faults that a real store does not show on
-//! demand: a client that sends rubbish, one that never reads, an export that stalls, fails or
+//! Tests the protocol against an export in memory, with the faults that a real store does not show
+//! on demand: a client that sends rubbish, one that never reads, an export that stalls, fails or
 //! panics.
 //!
-//! If these fail, one client can hang or end what others are doing. Requests against a real store:
-//! `tests/fast/nbd_protocol.rs`.
+//! If these fail, one client can hang or end the work of others. `tests/fast/nbd_protocol.rs` tests
+//! requests against a real store.
 
 mod handshake;
 mod listener;
@@ -28,9 +28,9 @@ use std::time::{Duration, Instant};
 
 const SIZE: u64 = 64 << 20;
 
-/// An export in memory; `stall` holds its flushes back, `fault` makes its next writes fail,
-/// `shrunk` takes bytes off its end. While it is `busy` its writes are tried again, as those of a
-/// store are; reads from `unreadable` on fail.
+/// An export in memory; `stall` delays its flushes, `fault` makes its next writes fail, `shrunk`
+/// removes bytes at its end. While it is `busy` its writes are retried, like those of a store;
+/// reads from `unreadable` on fail.
 #[derive(Clone, Default)]
 struct Memory {
     data: Arc<Mutex<Vec<u8>>>,
@@ -107,7 +107,7 @@ impl Export for Memory {
     async fn cache(&self, _offset: u64, _length: u64) -> Result<(), Fault> {
         Ok(())
     }
-    /// The first 1,000 bytes asked for are stored, the rest is a hole.
+    /// Reports the first 1,000 requested bytes as stored, the rest as a hole.
     async fn allocation(
         &self,
         _offset: u64,
@@ -131,7 +131,7 @@ impl Exports for Memory {
     }
 }
 
-/// Bytes in, bytes out: a connection without a socket.
+/// A connection without a socket: bytes in, bytes out.
 struct Canned(Cursor<Vec<u8>>, Vec<u8>);
 
 impl Read for Canned {
@@ -149,7 +149,7 @@ impl Write for Canned {
     }
 }
 
-/// Bytes of a handshake here.
+/// The limit on the bytes of a handshake in these tests.
 const TALK_BYTES_MAX: usize = 200_000;
 
 fn option_bytes(number: u32, data: &[u8]) -> Vec<u8> {
@@ -161,8 +161,8 @@ fn option_bytes(number: u32, data: &[u8]) -> Vec<u8> {
     [&head.concat()[..], data].concat()
 }
 
-/// Runs a handshake over what a client says after the greeting; the outcome, and the answer without
-/// the greeting.
+/// Runs a handshake over what a client sends after the greeting. Returns the outcome, and the
+/// answer without the greeting.
 fn talk(said: &[Vec<u8>]) -> (io::Result<Outcome<Memory>>, Vec<u8>) {
     let mut stream = Canned(Cursor::new(said.concat()), Vec::new());
     let outcome = handshake(&mut stream, &Memory::default(), TALK_BYTES_MAX);
@@ -182,7 +182,8 @@ fn flagged(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) -> V
     [&head.concat()[..], &offset.to_be_bytes(), &length.to_be_bytes()].concat()
 }
 
-/// A connection in transmission, and what became of its server side.
+/// Makes a connection in transmission. Returns the client's side, and the thread of the server's
+/// side.
 fn connect(
     export: &Memory,
     stopping: Arc<AtomicBool>,
@@ -198,12 +199,12 @@ fn connect_as(
     connect_with(export, agreed, stopping, Limits::default(), &usual())
 }
 
-/// Memory as of a server with 64 MiB.
+/// The memory of a server with 64 MiB.
 fn usual() -> Arc<Budget> {
     Arc::new(Budget::new(Division::of(64 << 20)))
 }
 
-/// So little memory that nearly nothing can be done as a whole.
+/// So little memory that almost nothing can be done as a whole.
 fn little() -> Arc<Budget> {
     let (replies_bytes, writes_bytes) = (10 << 10, 40 << 10);
     let division =
@@ -231,7 +232,7 @@ fn connect_with(
     (client, thread)
 }
 
-/// Cookie and error of the next reply without data.
+/// Reads the next reply without data. Returns its cookie and error.
 fn next_reply(client: &mut UnixStream) -> (u64, u32) {
     let mut bytes = [0; 16];
     client.read_exact(&mut bytes).unwrap();
@@ -246,7 +247,7 @@ fn never() -> Arc<AtomicBool> {
     Arc::default()
 }
 
-/// A chunk's layout, spelled out: flags, type, cookie, payload.
+/// Reads the next chunk, with its layout spelled out: flags, type, cookie, payload.
 fn next_chunk(client: &mut UnixStream) -> (u16, u16, u64, Vec<u8>) {
     let mut head = [0; 20];
     client.read_exact(&mut head).unwrap();
@@ -259,7 +260,7 @@ fn next_chunk(client: &mut UnixStream) -> (u16, u16, u64, Vec<u8>) {
 
 const BOTH: Agreed = Agreed { structured: true, allocation: true };
 
-/// A server with these limits on a socket file, and where it is.
+/// Starts a server with these limits on a socket file. Returns also the path of that.
 fn listening(limits: Limits) -> (tempfile::TempDir, std::path::PathBuf, Server<Memory>) {
     listening_with(limits, usual())
 }
@@ -275,7 +276,7 @@ fn listening_with(
     (dir, path, server)
 }
 
-/// A client of it that has chosen an export, or what the server said instead.
+/// Connects a client that chooses an export. Fails with what the server said instead.
 fn chosen(path: &std::path::Path) -> io::Result<UnixStream> {
     let mut client = UnixStream::connect(path)?;
     client.set_read_timeout(Some(Duration::from_secs(20)))?;

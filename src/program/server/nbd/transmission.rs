@@ -1,26 +1,26 @@
-//! The transmission phase: requests in, replies out, in any order.
+//! The transmission phase: takes requests and sends replies, in any order.
 //!
 //! ```text
 //! this thread: header ─> gate ─> memory ─> payload ─> task ─┐
 //!                 ^                                         v
-//!                 └──────── next                  reply thread: export; all replies that are ready in one write
+//!                 └──────── next                  reply thread: export; ready replies in one write
 //! ```
 //!
 //! 1. Only the reply thread writes to the socket, so replies never mix. It writes before it waits:
 //!    no reply waits for another.
-//! 2. A payload is read whole before the next header, also for a request that is refused; where
-//!    that is not possible the connection ends.
-//! 3. When [`serve`] returns, no request of this connection is under way any more: each was
-//!    answered, or its client is gone. Once a client is known to be gone, nothing that it asked for
-//!    is begun: the device works for those who are there, and no late write lands on what the
-//!    client has written over a new connection.
-//! 4. A request has its memory before it is begun (see [`Memory`]), so not reading from the socket
-//!    is what holds a client back. One that is larger than what can be had is served in parts: a
-//!    read as `reads` says; a write by commits in order of offset, each as large as a commit can
-//!    be, of which only the last asks for durability.
+//! 2. A payload is read completely before the next header, even if the request is refused; if that
+//!    is not possible, the connection ends.
+//! 3. When [`serve`] returns, no request of this connection is in progress: each was answered, or
+//!    its client is gone. Once a client is known to be gone, none of its requests begins: the
+//!    device works for those that are still there, and no late write overwrites what the client has
+//!    written through a new connection.
+//! 4. A request gets its memory before it begins (see [`Memory`]); until then the server does not
+//!    read from the socket, which slows the client down. A request that is larger than the
+//!    available memory is served in parts: a read as `reads` describes; a write by commits in order
+//!    of offset, each as large as a commit can be, of which only the last requires durability.
 //!
 //! Reads and failures are answered in chunks if that was agreed on; everything else by simple
-//! replies, which are shorter. Does not know what is behind an [`Export`].
+//! replies, which are shorter. It does *not* know what is behind an [`Export`].
 
 use super::gate::{Gate, Pass};
 use super::memory::Memory;
@@ -42,22 +42,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::debug;
 
-/// Extents of one answer: 64 KiB of it, and enough for 16 MiB of a volume in which every other page
-/// is stored.
+/// The most extents of one answer: 64 KiB, which is enough for 16 MiB of a volume in which every
+/// other page is stored.
 const EXTENTS_MAX: usize = 8192;
-/// Memory of one: as it is found, and in the answer.
+/// The memory of one extent: as it is found, and in the answer.
 const EXTENT_BYTES: usize = 16;
 
-/// Memory of a request that frees, zeroes or caches: lists of pages of one commit, or, where a
-/// large hole is made by many commits, of all that are under way.
+/// The memory of a request that frees, zeroes or caches: lists of the pages of one commit or, for a
+/// large hole that takes many commits, of all in flight.
 pub const WORK_BYTES: usize = 128 << 10;
 const LARGE_WORK_BYTES: usize = 1 << 20;
 const LARGE_WORK_FROM: u32 = 2 << 20;
 
-/// Between two looks at whether a client is still there whose write in parts takes long.
+/// The interval between two checks whether the client of a long write in parts is still there.
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
-/// Replies that are written together, and bytes from which on they are not held back for more.
+/// The most replies that are written together, and the bytes at which they are no longer held back
+/// for more.
 const TOGETHER_MAX: usize = 64;
 const TOGETHER_BYTES: usize = 256 << 10;
 
@@ -68,18 +69,19 @@ pub(super) struct Connection<'a, E> {
     gate: &'a Gate,
     limits: &'a Limits,
     stopping: &'a AtomicBool,
-    /// Nobody waits for answers any more: the client has said goodbye, or is gone.
+    /// Set when the client no longer waits for answers: it has said goodbye, or is gone.
     ended: Arc<AtomicBool>,
-    /// The client is gone: what it asked before needs no work any more.
+    /// Set when the client is gone: its requests need no more work.
     gone: Arc<AtomicBool>,
-    /// The client has said goodbye: the protocol wants the changes that it asked for before done,
-    /// though it may wait for nothing.
+    /// Set when the client has said goodbye: the protocol requires the changes that it requested
+    /// before, though it may not wait for them.
     said_goodbye: Arc<AtomicBool>,
-    /// A request panicked.
+    /// Set when a request panicked.
     failed: AtomicBool,
-    /// Replies to be written, with the right to be in flight of their requests.
+    /// Replies to write, with the passes of their requests.
     ready: Mutex<Vec<(Vec<u8>, Pass<'a>)>>,
-    /// Held while a reply is written in pieces that belong together: nothing else may come between.
+    /// Held while a reply is written in pieces that belong together, so that nothing else is
+    /// written between them.
     pub(super) turn: async_lock::Mutex<()>,
 }
 
@@ -107,7 +109,7 @@ pub fn serve<E: Export>(
         ready: Mutex::default(),
         turn: async_lock::Mutex::new(()),
     };
-    // So that a client is noticed which stops in the middle of a payload, or takes no replies while
+    // The timeouts detect a client that stops in the middle of a payload, or takes no replies while
     // its writes wait for that.
     socket.set_read_timeout(Some(limits.payload_stall))?;
     socket.set_write_timeout(Some(limits.payload_stall))?;
@@ -135,7 +137,7 @@ pub fn serve<E: Export>(
                 pause::block_on(client, work.or(finished));
             })?;
         let outcome = connection.requests(&executor);
-        // Without a goodbye the client may still wait for replies (a half-closed socket), or be
+        // Without a goodbye the client may still wait for replies on a half-closed socket, or be
         // gone.
         if !connection.said_goodbye.load(Ordering::Acquire) && socket.is_dead() {
             connection.gone.store(true, Ordering::Release);
@@ -152,7 +154,7 @@ fn unforeseen() -> io::Error {
     io::Error::other("a request failed in an unforeseen way")
 }
 
-/// Ends the connection if its request panics: that one gets no reply, so its client would wait for
+/// Ends the connection if its request panics: that gets no reply, so its client would wait for
 /// ever.
 struct EndOnPanic<'a> {
     socket: &'a Socket,
@@ -202,8 +204,8 @@ impl<'a, E: Export> Connection<'a, E> {
             } else if outcome.is_ok() {
                 self.take_memory(&request, &mut pass);
             }
-            // A panic ends the connection, but the reply thread goes on: others under way must come
-            // to their end.
+            // A panic ends the connection, but the reply thread continues: the other requests must
+            // finish.
             let answer =
                 AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
             executor.spawn(answer).detach();
@@ -213,7 +215,7 @@ impl<'a, E: Export> Connection<'a, E> {
         }
     }
 
-    /// Memory for anything but a write.
+    /// Takes memory for anything but a write.
     fn take_memory(&self, request: &Request, pass: &mut Pass<'_>) {
         let length = request.length as usize;
         match request.command {
@@ -228,8 +230,8 @@ impl<'a, E: Export> Connection<'a, E> {
         }
     }
 
-    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` says
-    /// whether it is waited for.
+    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` decides
+    /// whether to wait for it.
     fn fill(
         &self,
         reader: &mut impl Read,
@@ -257,9 +259,9 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(())
     }
 
-    /// Reads the payload of a write. What is larger than a commit is written here but for its last
-    /// part, to which the request is shortened. Where it is refused, or a part fails, the payload
-    /// is read and forgotten.
+    /// Reads the payload of a write. If it is larger than a commit, all but its last part is
+    /// written here, and the request is shortened to that. If the write is refused, or a part
+    /// fails, the payload is read and discarded.
     fn payload<'e>(
         &'e self,
         reader: &mut impl Read,
@@ -271,7 +273,7 @@ impl<'a, E: Export> Connection<'a, E> {
         let (mut left, mut fault, mut has_waited) = (request.payload_bytes() as usize, None, false);
         let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max());
         while is_wanted && fault.is_none() {
-            // Parts end where pages end, and the first one is no larger for beginning within a
+            // Parts end at the end of a page, and the first one is no larger if it begins within a
             // page.
             let begins =
                 (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
@@ -280,7 +282,7 @@ impl<'a, E: Export> Connection<'a, E> {
             has_waited |= given < wanted;
             let length = if given < wanted { given - begins } else { wanted };
             let is_last = length == left;
-            // calloc'ed: memory is taken only as the payload arrives.
+            // The vector is calloc'ed, so memory is taken only as the payload arrives.
             let mut part = vec![0; length];
             let begun = Instant::now();
             let goes_on = || {
@@ -305,7 +307,7 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(fault.map_or(Ok(Bytes::new()), Err))
     }
 
-    /// Looks whether the client is still there, where nothing is read from it meanwhile.
+    /// Checks whether the client is still there while nothing is read from it.
     fn look(&self) {
         if self.socket.has_hung_up() {
             self.ended.store(true, Ordering::Release);
@@ -350,7 +352,7 @@ impl<'a, E: Export> Connection<'a, E> {
         request.check(self.export.bytes().min(self.export.bytes_now()), self.agreed)
     }
 
-    /// Does what a request asks, and hands its reply to be written.
+    /// Carries out a request, and queues its reply to be written.
     async fn answer(
         &self,
         request: Request,
@@ -375,7 +377,8 @@ impl<'a, E: Export> Connection<'a, E> {
             (Ok(()), Command::BlockStatus) => self.status(&request, pass.room()).await,
             (Ok(()), command) => {
                 let done = self.perform(command, &request, payload).await;
-                // A client that does not take its replies holds nothing that a write waits for.
+                // Give the memory back, so that a client that does not take its replies holds
+                // nothing that a write waits for.
                 pass.give_back();
                 done.map(|()| proto::simple_reply(request.cookie, Ok(())).to_vec())
             }
@@ -440,7 +443,7 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     /// Writes all replies that are ready, unless one is being written in pieces. Blocks the reply
-    /// thread while the client does not read, which is this connection's trouble only.
+    /// thread while the client does not read, which affects only this connection.
     pub(super) fn write_ready(&self) {
         let Some(_turn) = self.turn.try_lock() else { return };
         let ready = std::mem::take(&mut *self.ready());
@@ -449,7 +452,7 @@ impl<'a, E: Export> Connection<'a, E> {
         self.write(&mut slices);
     }
 
-    /// Writes all of it, unless the client is gone.
+    /// Writes all bytes, unless the client is gone.
     pub(super) fn write(&self, mut bytes: &mut [IoSlice<'_>]) {
         let mut socket = self.socket;
         while !bytes.is_empty() && !self.is_gone() {
@@ -467,7 +470,9 @@ impl<'a, E: Export> Connection<'a, E> {
             match written {
                 Ok(count) => IoSlice::advance_slices(&mut bytes, count),
                 Err(error) => {
-                    debug!(%error, "the client is gone, or takes no replies and keeps memory that others wait for");
+                    let why =
+                        "the client is gone, or takes no replies and keeps memory that others need";
+                    debug!(%error, "{why}");
                     self.hang_up();
                 }
             }
@@ -478,7 +483,8 @@ impl<'a, E: Export> Connection<'a, E> {
         self.gone.load(Ordering::Acquire)
     }
 
-    /// The client is gone or the stream is out of step: wakes the reader, too.
+    /// Ends the connection, because the client is gone or the stream is out of step. Wakes the
+    /// reader, too.
     pub(super) fn hang_up(&self) {
         self.gone.store(true, Ordering::Release);
         self.socket.shut(Shutdown::Both);

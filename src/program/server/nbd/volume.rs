@@ -1,16 +1,15 @@
-//! An export over a volume: page id = offset / 4096.
+//! An export over a volume: a page's id is its offset / 4096.
 //!
 //! 1. A write within the commit limit is one atomic commit, whatever its alignment: whole pages are
-//!    put, edges patched.
-//! 2. A longer one is several commits in order of offset. Only the last asks for durability:
-//!    commits become durable in their order, so it covers the ones before it.
-//! 3. Holes of more than [`FREE_AT_ONCE`] pages are made by the store, in many commits; partial
-//!    pages at their edges are patched before. What was not stored costs next to nothing.
-//! 4. `Busy` is waited for while the connection lives (see `pause`); every other failure is told
-//!    the client at once.
+//!    replaced, edges patched.
+//! 2. A longer one takes several commits in order of offset. Only the last requires durability:
+//!    commits become durable in order, so it covers the ones before it.
+//! 3. The store makes holes of more than [`FREE_AT_ONCE`] pages, in many commits; partial pages at
+//!    their edges are patched before. Pages that are not stored cost next to nothing.
+//! 4. `Busy` is retried while the connection lives (see `pause`); every other failure is reported
+//!    to the client at once.
 //!
-//! A flush here is the store's flush: it covers the acknowledged writes of all connections and
-//! volumes.
+//! A flush is the store's flush: it covers the acknowledged writes of all connections and volumes.
 
 use super::extents::Extents;
 use super::holes::Holes;
@@ -23,21 +22,21 @@ use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tracing::warn;
 
-/// Pages of a read at a time: each is pinned while it is copied, so this bounds the pins of a large
-/// request.
+/// Pages that a read takes at a time: each is pinned while it is copied, so this limits the pins of
+/// a large request.
 const READ_PAGES: usize = 256;
-/// Pages that one CACHE brings into memory at a time: all of a connection's CACHEs together leave
-/// its reads pins enough.
+/// Pages that one CACHE reads at a time: all of a connection's CACHEs together leave its reads
+/// enough pins.
 pub const CACHE_PAGES: usize = 32;
-/// Changes of a commit: 4,096 freed pages are 16 MiB of the volume.
+/// The most changes of a commit: 4,096 freed pages are 16 MiB of the volume.
 const CHANGES_MAX: usize = 4096;
-/// Whole pages up to which a hole is made by one commit: 2 MiB.
+/// The most whole pages of a hole that one commit makes: 2 MiB.
 const FREE_AT_ONCE: u64 = 512;
-/// Ranges asked of the store at a time, and how often for one extent: a look covers up to 32 MiB a
-/// shard.
+/// Ranges that are requested from the store at a time, and how often for one extent: a lookup
+/// covers up to 32 MiB a shard.
 const RANGES: usize = 64;
 const LOOKS: usize = 64;
-/// What the store counts for a freed page; for any other change it counts a page.
+/// The bytes that the store counts for a freed page; for any other change it counts a page.
 const FREE_BYTES: u64 = 512;
 
 static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
@@ -53,13 +52,13 @@ pub struct StoreExports {
 pub struct VolumeExport {
     store: Store,
     volume: Volume,
-    /// What the client was told: the volume's size when the connection was made.
+    /// The size that the client was told: the volume's size when the connection was made.
     bytes: u64,
     commit_bytes_max: u64,
 }
 
 impl StoreExports {
-    /// The volumes of `store`; commits are no larger than `memory` can take whole.
+    /// Exports the volumes of `store`; commits are no larger than `memory` can take as a whole.
     pub fn new(store: Store, memory: &Memory) -> Self {
         let commit_bytes_max =
             (store.txn_bytes_max() / PAGE * PAGE).min(memory.payload_bytes_max() as u64).max(PAGE);
@@ -77,7 +76,8 @@ impl Exports for StoreExports {
 
     /// The default export is the volume `disk`, or the only one there is.
     fn find(&self, name: &str) -> Result<Option<(String, VolumeExport)>, Fault> {
-        // A handle of its own: what one connection reads is not counted against another's pins.
+        // Each connection gets a handle of its own, so that its reads don't count against another's
+        // pins.
         let store = self.store.clone();
         let mut volumes = futures_lite::future::block_on(retry_busy(|| store.volumes()))?;
         let wanted = if name.is_empty() && volumes.len() != 1 { "disk" } else { name };
@@ -104,8 +104,7 @@ impl VolumeExport {
         self.commit_all(range, fua, change).await
     }
 
-    /// Commits all of `range`, batch after batch, with the changes that `change` makes of its
-    /// spans.
+    /// Commits all of `range`, batch by batch, with the changes that `change` makes of its spans.
     async fn commit_all(
         &self,
         range: (u64, u64),
@@ -140,7 +139,7 @@ impl Export for VolumeExport {
         self.volume.bytes()
     }
 
-    /// A volume has a page at least, until it is deleted.
+    /// A volume has at least one page until it is deleted.
     fn is_deleted(&self) -> bool {
         self.volume.bytes() == 0
     }
@@ -198,8 +197,8 @@ impl Export for VolumeExport {
         retry_busy(|| self.store.flush()).await.map(drop)
     }
 
-    /// Reads into the pool, up to as much as one READ may ask for: a longer range would push itself
-    /// out again.
+    /// Reads into the cache, up to the size of the largest READ: a longer range would evict itself
+    /// again.
     async fn cache(&self, offset: u64, length: u64) -> Result<(), Fault> {
         let mut rest = spans(offset, length.min(u64::from(PAYLOAD_BYTES_MAX))).peekable();
         while rest.peek().is_some() {
@@ -233,24 +232,24 @@ impl Export for VolumeExport {
     }
 }
 
-/// Tries again while the store is busy.
+/// Retries while the store is busy.
 async fn retry_busy<T, F: Future<Output = Result<T, Error>>>(
     attempt: impl FnMut() -> F,
 ) -> Result<T, Fault> {
     pause::retry_busy(attempt, fault).await
 }
 
-/// Failures so far, over all connections.
+/// The number of failures so far, over all connections.
 static FAILURES: AtomicU64 = AtomicU64::new(0);
 
-/// The client's view of an error. Where it is of no fault of the client's it is logged, for the
-/// 1st, 2nd, 4th, 8th … failure only: clients of a failed store try again and again, and must not
-/// fill a disk with log.
+/// Converts an error for the client. If the client did not cause it, it is logged, but only the
+/// 1st, 2nd, 4th, 8th … failure: clients of a failed store keep retrying, and must not fill a disk
+/// with log lines.
 fn fault(error: Error) -> Fault {
     let errno = match error.kind() {
         ErrorKind::Full => Errno::NoSpace,
         ErrorKind::Invalid | ErrorKind::TooLarge => Errno::Invalid,
-        // The volume was deleted while this was under way.
+        // The volume was deleted in the meantime.
         ErrorKind::NotFound => Errno::Shutdown,
         _ => {
             let failures = FAILURES.fetch_add(1, Ordering::Relaxed) + 1;

@@ -1,4 +1,4 @@
-//! Fuzz target: a client's half of a handshake, held against a reader of its own.
+//! Fuzz target: a client's half of a handshake, compared with an independent reader.
 
 use super::super::handshake::{Outcome, handshake as serve};
 use super::{Memory, Parts, SIZE};
@@ -10,7 +10,7 @@ const INVALID: u64 = 0x8000_0003;
 const UNKNOWN: u64 = 0x8000_0006;
 const TOO_BIG: u64 = 0x8000_0009;
 
-/// What a client says, in pieces of one to sixteen bytes, and what it is answered.
+/// What a client sends, in pieces of one to sixteen bytes, and what the server answers.
 struct Canned<'a> {
     said: &'a [u8],
     piece: usize,
@@ -45,7 +45,7 @@ enum End {
     Broken,
 }
 
-/// The target.
+/// Runs the target.
 pub fn handshake(data: &[u8]) {
     let Some((&piece, said)) = data.split_first() else { return };
     let mut stream = Canned { said, piece: usize::from(piece % 16) + 1, answered: Vec::new() };
@@ -73,8 +73,8 @@ pub fn handshake(data: &[u8]) {
             "bytes of the next phase were read, or some of this one left"
         );
     }
-    // The longest answer to an option, of 16 bytes at least: a text, three facts about an export,
-    // or a list of two.
+    // The longest answer to an option, which has at least 16 bytes, is a text, three facts about an
+    // export, or a list of two.
     assert!(
         stream.answered.len() <= 200 + said.len() / 16 * 400,
         "{} bytes of answers",
@@ -103,7 +103,8 @@ impl Model<'_> {
         }
     }
 
-    /// `None`: the connection must end; else how the handshake ended, if it did.
+    /// Reads an option and its answer. `None`: the connection must end; else how the handshake
+    /// ended, if it did.
     fn option(&mut self, no_zeroes: bool) -> Option<Option<End>> {
         if self.said.take(8)? != b"IHAVEOPT" {
             return None;
@@ -142,7 +143,7 @@ impl Model<'_> {
         Some(None)
     }
 
-    /// Takes one reply, which must be of this kind; its data.
+    /// Takes one reply, which must be of this kind. Returns its data.
     fn reply(&mut self, option: u64, kind: u64) -> Vec<u8> {
         let found = [8, 4, 4].map(|bytes| self.answered.number(bytes));
         assert_eq!(
@@ -243,7 +244,7 @@ impl Model<'_> {
     }
 }
 
-/// The export of this name, by its own name.
+/// The own name of the export with this name.
 fn known(name: &str) -> Option<&str> {
     match name {
         "" | "disk" => Some("disk"),

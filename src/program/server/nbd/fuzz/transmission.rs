@@ -1,9 +1,8 @@
-//! Fuzz target: a client's half of a transmission, held against a model of the export.
+//! Fuzz target: a client's half of a transmission, compared with a model of the export.
 //!
-//! 1. Cookies are numbered anew before the server sees them, so that each reply can be matched with
+//! 1. Cookies are renumbered before the server sees them, so that each reply can be matched with
 //!    its request.
-//! 2. Requests are run one at a time by the reply thread: the order of the replies is the order in
-//!    which the model does the same.
+//! 2. The reply thread runs one request at a time, and the model follows the order of the replies.
 
 use super::super::memory::{Division, Memory as Budget};
 use super::super::proto::Agreed;
@@ -29,7 +28,7 @@ const EOVERFLOW: u64 = 75;
 const ENOTSUP: u64 = 95;
 const ESHUTDOWN: u64 = 108;
 
-/// A request as it will reach the server.
+/// A request as it reaches the server.
 struct Asked {
     flags: u64,
     command: u64,
@@ -41,13 +40,13 @@ struct Asked {
 /// How the client's bytes end.
 #[derive(PartialEq)]
 enum End {
-    /// With a goodbye, or between two requests.
+    /// They end with a goodbye, or between two requests.
     Clean,
-    /// Within a payload, or with what is no request.
+    /// They end within a payload, or with something that is not a request.
     Broken,
 }
 
-/// The target.
+/// Runs the target.
 pub fn transmission(data: &[u8]) {
     let Some((head, said)) = data.split_first_chunk::<2>() else { return };
     let [mode, cut] = *head;
@@ -58,15 +57,15 @@ pub fn transmission(data: &[u8]) {
     if is_stopping {
         asked.truncate(1);
     }
-    // A client that stops reading: the server must end, and what it sent until then is still in
-    // step.
+    // The client may stop reading: then the server must end, and everything that it sent until then
+    // must be well-formed.
     let room = if mode & 0x60 == 0x60 { usize::from(cut) * 64 } else { usize::MAX };
     let socket = Socket::Canned(Canned::new(said, usize::from(mode >> 5) * 13 + 1, room));
     let export = Memory::new();
     let mut model = export.0.lock().unwrap().clone();
-    // With little memory replies come in pieces and payloads are taken in parts, others between
-    // them: one at a time, then, so that the model knows the order. Else all is done as a whole,
-    // three at a time.
+    // With little memory, replies come in pieces and payloads are taken in parts, with others in
+    // between: then one request runs at a time, so that the model knows the order. Else each runs
+    // as a whole, three at a time.
     let is_little = cut & 1 == 1;
     let (own_bytes, writes_bytes, requests_max) =
         if is_little { (6 << 10, 8 << 10, 1) } else { (SIZE + 2048, 64 << 10, 3) };
@@ -93,7 +92,7 @@ pub fn transmission(data: &[u8]) {
     let Socket::Canned(canned) = &socket else { unreachable!("it was made so") };
     let answered = canned.answered();
     let is_cut = answered.len() >= room;
-    // A server that stops ends well after one answer, whatever would have come.
+    // A server that stops ends cleanly after one answer, whatever would have followed.
     let goes_on = !is_stopping || asked.is_empty();
     if !is_cut && goes_on {
         assert_eq!(outcome.is_ok(), end == End::Clean, "{outcome:?}");
@@ -112,7 +111,7 @@ pub fn transmission(data: &[u8]) {
     }
 }
 
-/// The requests that reach the server whole; their cookies are set to their numbers.
+/// Returns the requests that reach the server completely; their cookies are set to their numbers.
 fn requests(said: &mut [u8]) -> (Vec<Asked>, End) {
     let (mut asked, mut at) = (Vec::new(), 0);
     loop {
@@ -138,7 +137,7 @@ fn requests(said: &mut [u8]) -> (Vec<Asked>, End) {
     }
 }
 
-/// The error that the specification asks for; 0: none.
+/// The error that the specification requires; 0 for none.
 fn error_of(asked: &Asked, agreed: Agreed) -> u64 {
     let (fua, no_hole, df, one, fast) = (1, 2, 4, 8, 16);
     let known = match asked.command {
@@ -165,7 +164,8 @@ fn error_of(asked: &Asked, agreed: Agreed) -> u64 {
     if is_slow { ENOTSUP } else { 0 }
 }
 
-/// Takes one whole reply, and does in the model what it answers; `None` if it is not all there.
+/// Takes one whole reply, and applies the answered request to the model; `None` if the reply is not
+/// complete.
 fn reply(
     parts: &mut Parts,
     agreed: Agreed,
@@ -207,7 +207,7 @@ fn perform(asked: &Asked, model: &mut [u8]) {
     }
 }
 
-/// Takes the chunks of one reply, behind the magic of the first.
+/// Takes the chunks of one reply, after the magic of the first.
 fn chunks(
     parts: &mut Parts,
     agreed: Agreed,

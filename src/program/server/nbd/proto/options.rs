@@ -1,7 +1,6 @@
 //! Byte layouts of the handshake: greeting, options, their replies.
 //!
-//! 1. Counts and lengths in an option are checked against its data before anything is taken from
-//!    it.
+//! 1. Counts and lengths in an option are checked against its data before they are used.
 
 use super::{
     ALLOCATION, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC,
@@ -32,7 +31,7 @@ pub struct InfoRequest {
 }
 
 impl InfoRequest {
-    /// Parses the data; `None` if lengths don't add up, or the name is too long or no UTF-8.
+    /// Parses the data; `None` if lengths don't add up, or the name is too long or not UTF-8.
     pub fn parse(data: &[u8]) -> Option<InfoRequest> {
         let mut from = Fields(data);
         let name = parse_string(&mut from)?.to_owned();
@@ -54,24 +53,24 @@ impl InfoRequest {
 pub struct MetaRequest {
     /// The export's name; empty stands for the default one.
     pub name: String,
-    /// Nothing was asked for by name.
+    /// No context was requested by name.
     pub is_open: bool,
-    /// What is stored was asked for, by its whole name.
+    /// The context of stored bytes was requested by its full name.
     pub allocation: bool,
-    /// All contexts of the namespace `base` were.
+    /// All contexts of the namespace `base` were requested.
     pub base: bool,
 }
 
 impl MetaRequest {
-    /// Parses the data; `None` if lengths don't add up, or a string is too long or no UTF-8. No
-    /// list is made of the queries: of the shortest ones it would be eight times as long as the
+    /// Parses the data; `None` if lengths don't add up, or a string is too long or not UTF-8. It
+    /// makes no list of the queries: of the shortest ones it would be eight times as long as the
     /// data, for each client.
     pub fn parse(data: &[u8]) -> Option<MetaRequest> {
         let mut from = Fields(data);
         let name = parse_string(&mut from)?.to_owned();
         let count = from.u32()?;
         let (mut allocation, mut base) = (false, false);
-        // Each takes four bytes or more, so a count out of the blue ends with the data.
+        // Each takes at least four bytes, so the data also limits an arbitrary count.
         for _ in 0..count {
             let query = parse_string(&mut from)?;
             allocation |= query == ALLOCATION;
@@ -81,7 +80,7 @@ impl MetaRequest {
     }
 }
 
-/// A string behind its length.
+/// Takes a string that follows its length.
 fn parse_string<'a>(from: &mut Fields<'a>) -> Option<&'a str> {
     let bytes = from.u32()? as usize;
     if bytes > STRING_BYTES_MAX {
@@ -90,7 +89,7 @@ fn parse_string<'a>(from: &mut Fields<'a>) -> Option<&'a str> {
     parse_name(from.take(bytes)?)
 }
 
-/// A string of the protocol.
+/// Parses a string of the protocol.
 pub fn parse_name(bytes: &[u8]) -> Option<&str> {
     if bytes.len() > STRING_BYTES_MAX {
         return None;
@@ -98,7 +97,7 @@ pub fn parse_name(bytes: &[u8]) -> Option<&str> {
     std::str::from_utf8(bytes).ok()
 }
 
-/// The server's first words.
+/// The server's greeting.
 pub fn greeting() -> [u8; 18] {
     let mut out = [0; 18];
     out[..8].copy_from_slice(&GREETING_MAGIC.to_be_bytes());
@@ -107,7 +106,7 @@ pub fn greeting() -> [u8; 18] {
     out
 }
 
-/// A reply to `option`, with `data` short enough for its length field by construction.
+/// A reply to `option`; by construction `data` is short enough for its length field.
 pub fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(20 + data.len());
     out.extend_from_slice(&OPTION_REPLY_MAGIC.to_be_bytes());
@@ -130,7 +129,7 @@ pub fn meta_context(id: u32, name: &str) -> Vec<u8> {
     [&id.to_be_bytes(), name.as_bytes()].concat()
 }
 
-/// The fact that is always sent: size and flags.
+/// The fact that is always sent: the size and the flags.
 pub fn info_export(bytes: u64, structured: bool) -> Vec<u8> {
     let mut out = info::EXPORT.to_be_bytes().to_vec();
     out.extend_from_slice(&bytes.to_be_bytes());

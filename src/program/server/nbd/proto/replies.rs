@@ -12,7 +12,7 @@ const CHUNK_HEAD_BYTES: usize = 20;
 /// Bytes in front of the data of a chunk.
 pub const DATA_CHUNK_HEAD_BYTES: usize = CHUNK_HEAD_BYTES + 8;
 
-/// A simple reply's header; data follows only after a READ that went well.
+/// The header of a simple reply; data follows it only after a successful READ.
 pub fn simple_reply(cookie: u64, outcome: Result<(), Errno>) -> [u8; SIMPLE_REPLY_BYTES] {
     let error = outcome.err().map_or(0, |e| e as u32);
     let mut out = [0; SIMPLE_REPLY_BYTES];
@@ -33,7 +33,7 @@ fn chunk_head(cookie: u64, done: bool, kind: u16, length: usize) -> [u8; CHUNK_H
     out
 }
 
-/// What stands in front of `length` bytes that were read at `offset`.
+/// The header for `length` bytes that were read at `offset`.
 pub fn data_chunk_head(
     cookie: u64,
     done: bool,
@@ -46,13 +46,13 @@ pub fn data_chunk_head(
     out
 }
 
-/// `length` zeros that were read at `offset`.
+/// A chunk for `length` zeros that were read at `offset`.
 pub fn hole_chunk(cookie: u64, done: bool, offset: u64, length: usize) -> Vec<u8> {
     let head = chunk_head(cookie, done, chunk::HOLE, 12);
     [&head[..], &offset.to_be_bytes(), &(length as u32).to_be_bytes()].concat()
 }
 
-/// A reply with nothing in it.
+/// A reply without data.
 pub fn empty_chunk(cookie: u64) -> Vec<u8> {
     chunk_head(cookie, true, chunk::NONE, 0).to_vec()
 }
@@ -70,7 +70,7 @@ pub fn status_chunk(cookie: u64, extents: &[Extent]) -> Vec<u8> {
     out
 }
 
-/// Why a request failed.
+/// A chunk that says why a request failed.
 pub fn error_chunk(cookie: u64, fault: &Fault) -> Vec<u8> {
     let bytes_max = fault.message.len().min(STRING_BYTES_MAX);
     let end = (0..=bytes_max).rev().find(|end| fault.message.is_char_boundary(*end)).unwrap_or(0);

@@ -1,4 +1,4 @@
-//! Byte layout of requests, and what is wrong with one before any work is done for it.
+//! The byte layout of requests, and the checks before any work is done for one.
 //!
 //! 1. `offset + length` is computed once, here, and can't wrap ([`Request::end`]).
 
@@ -11,21 +11,21 @@ pub const REQUEST_BYTES: usize = 28;
 /// The commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Bytes out.
+    /// Reads bytes.
     Read,
-    /// Bytes in.
+    /// Writes bytes.
     Write,
-    /// Goodbye, without a reply.
+    /// Says goodbye, without a reply.
     Disconnect,
-    /// Make all acknowledged writes durable.
+    /// Makes all acknowledged writes durable.
     Flush,
-    /// The bytes are not needed any more.
+    /// Says that the bytes are no longer needed.
     Trim,
-    /// The bytes are going to be read.
+    /// Says that the bytes are going to be read.
     Cache,
-    /// Zeros in.
+    /// Writes zeros.
     WriteZeroes,
-    /// Which bytes are stored.
+    /// Asks which bytes are stored.
     BlockStatus,
     /// Anything else: refused, and known to carry no payload.
     Unknown,
@@ -54,7 +54,7 @@ impl Command {
 }
 
 impl Request {
-    /// Parses a header; a wrong magic means the stream is out of step and can't be mended.
+    /// Parses a header; after a wrong magic the stream is out of step and can't be resynchronised.
     pub fn parse(bytes: &[u8; REQUEST_BYTES]) -> io::Result<Request> {
         Self::fields(&mut Fields(bytes)).ok_or_else(|| broken("wrong request magic"))
     }
@@ -84,12 +84,12 @@ impl Request {
         })
     }
 
-    /// The byte after the last one, unless that can't be a number.
+    /// The byte after the last one, unless that overflows.
     pub fn end(&self) -> Option<u64> {
         self.offset.checked_add(u64::from(self.length))
     }
 
-    /// Whether the durability of the command is asked for before its reply.
+    /// Whether the command must be durable before its reply.
     pub fn fua(&self) -> bool {
         self.flags & flag::FUA != 0
     }
@@ -99,12 +99,12 @@ impl Request {
         if self.command == Command::Write { self.length } else { 0 }
     }
 
-    /// What is wrong with the request for an export of `bytes`, before any work is done for it.
+    /// Checks the request for an export of `bytes` bytes, before any work is done for it.
     pub fn check(&self, bytes: u64, agreed: Agreed) -> Result<(), Fault> {
         self.check_command(agreed)?;
         let (offset, length) = (self.offset, self.length);
         let Some(end) = self.end() else {
-            // Nonsense rather than a full disk.
+            // This is an invalid request rather than a full disk.
             return Err(Fault::new(
                 Errno::Invalid,
                 format!("{length} bytes at {offset} wrap around"),

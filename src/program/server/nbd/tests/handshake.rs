@@ -1,8 +1,8 @@
-//! The handshake: options, metadata contexts, bounds.
+//! Tests the handshake: options, metadata contexts, limits.
 
 use super::*;
 
-/// Clients written against the specification would not connect otherwise.
+/// If this fails, clients that follow the specification can't connect.
 #[test]
 fn malformed_options_are_answered_and_the_next_one_is_understood() {
     let whole = [&4u32.to_be_bytes()[..], b"disk", &0u16.to_be_bytes()].concat();
@@ -35,7 +35,7 @@ fn malformed_options_are_answered_and_the_next_one_is_understood() {
     );
 }
 
-/// Without bounds a client could make the server read or answer for ever.
+/// Without limits a client could make the server read or answer for ever.
 #[test]
 fn a_handshake_out_of_bounds_ends_the_connection() {
     let endless = vec![option_bytes(77, b""); TALK_BYTES_MAX / (16 + 20) + 1];
@@ -52,8 +52,8 @@ fn a_handshake_out_of_bounds_ends_the_connection() {
     assert!(talk(&[vec![0, 0, 0, 0x83]]).0.is_err(), "unknown client flags");
 }
 
-/// A client that lists a store looks at every export, with some options for each: 128 options were
-/// too few for 64 volumes.
+/// A client that lists a store asks about every export, with some options for each: 128 options
+/// were too few for 64 volumes.
 #[test]
 fn a_handshake_may_have_as_many_options_as_there_are_things_to_ask() {
     let info = option_bytes(option::INFO, b"\0\0\0\x04disk\0\0");
@@ -69,9 +69,9 @@ fn a_handshake_may_have_as_many_options_as_there_are_things_to_ask() {
     ));
 }
 
-/// Lists of metadata contexts are the largest things that a client can send before it has chosen an
-/// export. Each is bounded, and all are counted, so that they don't take memory or answers without
-/// end, and however often one asks for a context, it is told once.
+/// Lists of metadata contexts are the largest messages that a client can send before it has chosen
+/// an export. Each is limited, and all are counted, so that they don't take unlimited memory or
+/// answers; and however often a client asks for a context, it is reported once.
 #[test]
 fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
     let structured = option_bytes(8, b"");
@@ -80,8 +80,7 @@ fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
     let told =
         |option, id: u32| proto::option_reply(option, 4, &[&id.to_be_bytes()[..], ours].concat());
     let ack = |option| proto::option_reply(option, reply::ACK, b"");
-    // As many queries as an option has room for: of the shortest ones, and of the one that is
-    // known.
+    // Send as many queries as an option has room for: the shortest ones, and the known one.
     let room = proto::OPTION_BYTES_MAX as usize - 4 - 4 - 4;
     let shortest = [&vec![&b""[..]; (room - 4 - ours.len()) / 4][..], &[ours]].concat();
     let repeated = vec![ours; room / (4 + ours.len())];
@@ -95,7 +94,7 @@ fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
             assert_eq!(agreed.allocation, option == 10);
             let answers = [ack(8), told(option, id), ack(option)].concat();
             assert!(answer.starts_with(&answers), "one answer to {} queries", queries.len());
-            // One byte more is more than is read.
+            // One byte more than this is not read.
             let longer = meta("disk", &[&queries[..], &[&[b'x'; 20]]].concat());
             let (outcome, answer) = talk(&[
                 FLAGS.into(),
@@ -106,7 +105,7 @@ fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
             assert!(
                 outcome.is_err() && answer[20 + 12..20 + 16] == reply::ERR_TOO_BIG.to_be_bytes()
             );
-            // Lists without end are one.
+            // An endless sequence of lists must be refused, too.
             let lists = vec![option_bytes(option, &data); TALK_BYTES_MAX / data.len() + 1];
             let said =
                 [&[FLAGS.to_vec(), structured.clone()][..], &lists, std::slice::from_ref(&go)]
@@ -116,7 +115,7 @@ fn lists_of_metadata_contexts_are_bounded_and_answered_once() {
     }
 }
 
-/// The data of a meta context option.
+/// Makes the data of a meta context option.
 fn meta(name: &str, queries: &[&[u8]]) -> Vec<u8> {
     let string = |text: &[u8]| [&(text.len() as u32).to_be_bytes()[..], text].concat();
     let mut data =
@@ -125,7 +124,7 @@ fn meta(name: &str, queries: &[&[u8]]) -> Vec<u8> {
     data
 }
 
-/// What a server did not agree to, a client must not get; what it did, it must.
+/// A client must get exactly what the server has agreed to.
 #[test]
 fn metadata_contexts_are_negotiated_as_specified() {
     const GO: &[u8] = b"\0\0\0\x04disk\0\0";
@@ -149,7 +148,7 @@ fn metadata_contexts_are_negotiated_as_specified() {
         agreed(&[structured.clone(), set("disk", &[ours])], &[ack(8), told(10, 1), ack(10)]),
         (true, true)
     );
-    // The default export under its own name is the same one; another is not.
+    // The default export under its own name is the same export; another one is not.
     assert!(
         agreed(
             &[structured.clone(), set("", &[b"x:y", ours, ours])],
@@ -160,7 +159,7 @@ fn metadata_contexts_are_negotiated_as_specified() {
     assert!(
         !agreed(&[structured.clone(), set("other", &[ours])], &[ack(8), told(10, 1), ack(10)]).1
     );
-    // The last word counts, also if it selects nothing or fails.
+    // The last selection counts, even if it selects nothing or fails.
     for last in [
         set("disk", &[]),
         set("disk", &[b"base:"]),
@@ -178,7 +177,7 @@ fn metadata_contexts_are_negotiated_as_specified() {
     assert!(!agreed(&[structured.clone(), list(&[b"x:"])], &[ack(8), ack(9)]).1);
 }
 
-/// A length that is believed is memory that is taken, or a stream that is out of step.
+/// A length that is trusted takes memory, or gets the stream out of step.
 #[test]
 fn malformed_metadata_options_are_refused_and_the_handshake_goes_on() {
     let go = option_bytes(option::GO, b"\0\0\0\x04disk\0\0");

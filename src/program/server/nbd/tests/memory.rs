@@ -1,10 +1,10 @@
-//! Requests of any size in little memory.
+//! Tests requests of any size in little memory.
 
 use super::super::memory::{REQUEST_BYTES, payload_charge};
 use super::*;
 use corepage::testing::random::Rng;
 
-/// A read by a client without structured replies.
+/// Reads as a client without structured replies.
 fn read_simple(client: &mut UnixStream, cookie: u64, length: usize) -> Vec<u8> {
     assert_eq!(next_reply(client), (cookie, 0));
     let mut data = vec![0; length];
@@ -12,7 +12,7 @@ fn read_simple(client: &mut UnixStream, cookie: u64, length: usize) -> Vec<u8> {
     data
 }
 
-/// The data of a reply in chunks, and how many they were.
+/// Reads a reply in chunks. Returns the data, and the number of chunks.
 fn read_chunks(
     client: &mut UnixStream,
     cookie: u64,
@@ -46,14 +46,14 @@ fn filled() -> Memory {
     let export = Memory::new();
     let mut data = export.data.lock().unwrap();
     Rng::new(1).fill(&mut data[..8 << 20]);
-    // No page of it is a hole.
+    // Make sure that no page of it is a hole.
     data[..8 << 20].iter_mut().for_each(|byte| *byte |= 1);
     drop(data);
     export
 }
 
-/// A client may ask for 32 MiB at a time however little memory there is; what it gets must be right
-/// to the byte, and others of its requests must not be lost in between.
+/// A client may read 32 MiB at a time however little memory there is; each byte that it gets must
+/// be right, and none of its other requests may be lost in between.
 #[test]
 fn reads_larger_than_the_memory_are_answered_in_pieces() {
     let (export, budget) = (filled(), little());
@@ -91,11 +91,11 @@ fn reads_larger_than_the_memory_are_answered_in_pieces() {
     client.write_all(&request(0, 4, offset, length as u32)).unwrap();
     let (data, count) = read_chunks(&mut client, 4, offset, length);
     assert!(data == whole && count > 100, "{count} chunks");
-    // In one chunk all the same, if the client insists.
+    // It comes in one chunk if the client insists.
     client.write_all(&flagged(1 << 2, 0, 5, offset, length as u32)).unwrap();
     let (data, count) = read_chunks(&mut client, 5, offset, length);
     assert!(data == whole && count == 1, "{count} chunks");
-    // Beyond what is filled it is a hole, at the end of the same read.
+    // Beyond the filled part there is a hole, at the end of the same read.
     client.write_all(&request(0, 6, (8 << 20) - 8192, 65_536)).unwrap();
     let (data, _) = read_chunks(&mut client, 6, (8 << 20) - 8192, 65_536);
     assert!(
@@ -171,8 +171,8 @@ fn writes_larger_than_the_memory_are_taken_in_parts() {
     assert_eq!(budget.taken(), 0);
 }
 
-/// Clients that ask and don't read take what they can get; one that behaves must not feel it, and
-/// the server must not grow.
+/// Clients that send requests and don't read take all the memory they can get; a well-behaved one
+/// must not notice, and the server must not grow.
 #[test]
 fn a_crowd_of_stalled_readers_holds_no_more_than_its_share_and_others_are_served() {
     let budget = Arc::new(Budget::new(Division::of(16 << 20)));
@@ -202,8 +202,7 @@ fn a_crowd_of_stalled_readers_holds_no_more_than_its_share_and_others_are_served
 }
 
 /// One client that stops in the middle of a payload must not keep all others from writing; and
-/// while nobody needs its memory it is left alone, since it may be a virtual machine that is
-/// paused.
+/// while no other needs its memory it is left alone, since it may be a paused virtual machine.
 #[test]
 fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memory() {
     let (export, budget) = (Memory::new(), little());
@@ -225,7 +224,7 @@ fn a_client_that_stops_within_a_payload_is_cut_off_once_others_wait_for_its_memo
     assert_eq!(budget.taken(), 0);
 }
 
-/// Writes of a client that reads no replies are stuck behind them: they must not keep the memory
+/// Writes of a client that reads no replies are stuck behind these: they must not keep the memory
 /// that others' writes need.
 #[test]
 fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its_writes() {
@@ -234,8 +233,8 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     let (mut stalled, first) = connect_with(&export, Agreed::default(), never(), limits, &budget);
     let payload = vec![1; 24 << 10];
     stalled.write_all(&request(0, 1, 0, 32 << 20)).unwrap();
-    // Until no more of the answer comes: then the socket is full, and whatever it asks for next is
-    // stuck.
+    // Wait until no more of the answer arrives: then the socket is full, and the client's next
+    // requests are stuck.
     let (mut before, mut same) = (0, 0);
     while same < 30 {
         std::thread::sleep(Duration::from_millis(10));
@@ -258,8 +257,9 @@ fn a_client_that_reads_nothing_is_cut_off_once_others_wait_for_the_memory_of_its
     assert_eq!(budget.taken(), 0);
 }
 
-/// A crowd that asks for much and goes away must not keep the device busy for those who stay. And a
-/// late write of a client that is gone could land on what it has written over its next connection.
+/// A crowd of clients that request much and leave must not keep the device busy for those that
+/// stay. And a late write of a client that is gone could overwrite what it has written through its
+/// next connection.
 #[test]
 fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     let export = Memory::new();
@@ -269,8 +269,8 @@ fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     let mut asked: Vec<u8> = (0..32).flat_map(|n| request(0, n, 0, 1 << 20)).collect();
     (0..4).for_each(|n| asked.extend([&request(1, 32 + n, 0, 3)[..], b"xyz"].concat()));
     client.write_all(&asked).unwrap();
-    // All have their memory, and wait until the first reply is taken, which does not fit into the
-    // socket.
+    // All requests have their memory, and wait until the client takes the first reply, which does
+    // not fit into the socket.
     let expected = 32 * ((1 << 20) + REQUEST_BYTES) + 4 * payload_charge(3);
     while budget.taken() < expected {
         std::thread::yield_now();
@@ -287,9 +287,9 @@ fn what_a_client_asked_for_is_not_begun_once_it_is_gone() {
     assert_eq!(budget.taken(), 0);
 }
 
-/// Clients that stop within a payload, by malice or because their machine is gone, kept the memory
-/// of all writes: nobody wrote for half a minute, and with each further such client for half a
-/// minute more.
+/// Clients that stopped within a payload, by malice or because their machine was gone, used to keep
+/// the memory of all writes: no client could write for half a minute, and with each further such
+/// client for half a minute more.
 #[test]
 fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
     let (export, budget) = (Memory::new(), little());
@@ -331,8 +331,8 @@ fn a_crowd_that_stops_within_its_payloads_keeps_nobody_from_writing() {
 
 // --- a busy store ---
 
-/// A file system on a block device that says EIO is read-only from then on: being busy for longer
-/// than some limit is no error.
+/// A file system on a block device that returns EIO becomes read-only: a store that is busy, for
+/// however long, must not cause an error.
 #[test]
 fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
     let export = Memory::new();
@@ -342,7 +342,7 @@ fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
         .write_all(&[&request(1, 1, 0, 3)[..], b"abc", &request(0, 2, 0, 4096)].concat())
         .unwrap();
     assert_eq!(read_simple(&mut client, 2, 4096), [0; 4096], "a read need not wait");
-    // It was five seconds that a request was given.
+    // A request once had a limit of five seconds.
     std::thread::sleep(Duration::from_millis(5500));
     client.write_all(&request(3, 3, 0, 0)).unwrap();
     assert_eq!(next_reply(&mut client), (3, 0), "the write was not given up");
@@ -354,8 +354,8 @@ fn a_busy_store_is_waited_for_and_other_requests_are_served_meanwhile() {
     server.join().unwrap().unwrap();
 }
 
-/// A write that waits for a busy store has not landed yet: after its client is gone it must not
-/// land on what that has written over its next connection.
+/// A write that waits for a busy store is not written yet: after its client is gone it must not
+/// overwrite what the client has written through its next connection.
 #[test]
 fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
     let export = Memory::new();
@@ -366,8 +366,8 @@ fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
         std::thread::yield_now();
     }
     drop(client);
-    // Until the server has noticed; less than it goes on trying for a client that has only ended
-    // its sending.
+    // Wait until the server has noticed, but not as long as it retries for a client that has only
+    // stopped sending.
     let end = Instant::now() + Duration::from_millis(900);
     while !server.is_finished() && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(1));
@@ -377,7 +377,8 @@ fn a_write_that_waits_does_not_land_once_its_client_is_gone() {
     assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "it has landed");
 }
 
-/// The same where the connection has so many requests in flight that nothing more is read from it.
+/// This must also hold if the connection has so many requests in flight that no more is read from
+/// it.
 #[test]
 fn writes_that_fill_a_connection_do_not_land_once_their_client_is_gone() {
     let export = Memory::new();
@@ -400,13 +401,13 @@ fn writes_that_fill_a_connection_do_not_land_once_their_client_is_gone() {
     assert_eq!(export.data.lock().unwrap()[..3], [0; 3], "they have landed");
 }
 
-/// Else a server whose client has gone, or that is asked to stop, waits for a store that is busy
-/// for ever.
+/// If this fails, a server whose client is gone, or that has to stop, waits for ever for a busy
+/// store.
 #[test]
 fn a_connection_ends_though_the_store_stays_busy() {
     let export = Memory::new();
     export.busy.store(true, Ordering::Relaxed);
-    // One that is taken whole, and one in parts, whose client finds no end of its sending.
+    // One write is taken as a whole, the other in parts, from a client that never stops sending.
     for length in [3, 5 << 20] {
         let (mut client, server) = connect(&export, never());
         client.set_write_timeout(Some(Duration::from_millis(200))).unwrap();

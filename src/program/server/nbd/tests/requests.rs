@@ -1,8 +1,8 @@
-//! Requests and replies, over a socket pair.
+//! Tests requests and replies, over a socket pair.
 
 use super::*;
 
-/// One slow flush must not hold up the reads behind it.
+/// A slow flush must not delay the reads behind it.
 #[test]
 fn requests_overtake_one_that_stalls() {
     let export = Memory::new();
@@ -17,7 +17,8 @@ fn requests_overtake_one_that_stalls() {
     server.join().unwrap().unwrap();
 }
 
-/// A refused write whose payload were taken for requests would make a mess of all that follows.
+/// If the payload of a refused write were taken for requests, everything that follows would be
+/// garbled.
 #[test]
 fn the_stream_stays_in_step_after_a_refused_write() {
     let export = Memory::new();
@@ -34,7 +35,7 @@ fn the_stream_stays_in_step_after_a_refused_write() {
     server.join().unwrap().unwrap();
 }
 
-/// A client that is waited for for ever keeps a stopping server from closing its store.
+/// If a server waited for ever for a client, it could not stop and close its store.
 #[test]
 fn an_export_that_panics_ends_its_connection_and_nothing_hangs() {
     let export = Memory::new();
@@ -45,7 +46,7 @@ fn an_export_that_panics_ends_its_connection_and_nothing_hangs() {
     assert!(server.join().unwrap().is_err());
 }
 
-/// Requests that come while the server stops must be refused, not half done.
+/// Requests that arrive while the server stops must be refused, not half done.
 #[test]
 fn a_stopping_server_says_so() {
     let (mut client, server) = connect(&Memory::new(), Arc::new(AtomicBool::new(true)));
@@ -54,7 +55,7 @@ fn a_stopping_server_says_so() {
     server.join().unwrap().unwrap();
 }
 
-/// A client that asks for much and reads nothing must not fill the memory; the gate holds it.
+/// A client that sends many requests and reads nothing must not fill the memory; the gate stops it.
 #[test]
 fn a_client_that_never_reads_is_held_back() {
     let export = Memory::new();
@@ -67,8 +68,8 @@ fn a_client_that_never_reads_is_held_back() {
     assert!(server.join().unwrap().is_ok() || !export.data.lock().unwrap().is_empty());
 }
 
-/// A client takes each byte from where its chunk says; a wrong offset is wrong data, and a missing
-/// end a hang.
+/// A client puts each byte where its chunk says: a wrong offset means wrong data, and a missing end
+/// a hang.
 #[test]
 fn a_structured_read_is_data_and_holes_and_one_end() {
     let export = Memory::new();
@@ -85,7 +86,7 @@ fn a_structured_read_is_data_and_holes_and_one_end() {
     assert_eq!((flags, kind, cookie, some.len()), (0, 1, 8, 8 + 4096));
     assert_eq!((&some[..8], &some[8 + 2048..][..2]), (&2048u64.to_be_bytes()[..], &[7, 7][..]));
     assert_eq!(next_chunk(&mut client), (1, 2, 8, hole(6144, 4096)));
-    // In one piece, if the client insists, and where there is no hole anyway.
+    // The reply is in one piece if the client insists, and if there is no hole anyway.
     client.write_all(&flagged(1 << 2, 0, 10, 0, 8192)).unwrap();
     let (flags, kind, cookie, whole) = next_chunk(&mut client);
     assert_eq!((flags, kind, cookie, whole.len()), (1, 1, 10, 8 + 8192));
@@ -100,14 +101,14 @@ fn a_structured_read_is_data_and_holes_and_one_end() {
     );
     client.write_all(&request(0, 12, 77, 0)).unwrap();
     assert_eq!(next_chunk(&mut client), (1, 0, 12, vec![]));
-    // What is no read keeps its short reply.
+    // Other requests keep their short replies.
     client.write_all(&request(3, 13, 0, 0)).unwrap();
     assert_eq!(next_reply(&mut client), (13, 0));
     drop(client);
     server.join().unwrap().unwrap();
 }
 
-/// A client that can't see the reason can't tell a full disk from its own mistake.
+/// A client that is not told the reason can't tell a full disk from its own mistake.
 #[test]
 fn failures_come_with_number_and_text() {
     let export = Memory::new();
@@ -138,7 +139,7 @@ fn failures_come_with_number_and_text() {
     server.join().unwrap().unwrap();
 }
 
-/// A client that was promised one extent takes the second for the next reply.
+/// A client that was promised one extent would take a second one for the next reply.
 #[test]
 fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
     let export = Memory::new();
@@ -174,7 +175,7 @@ fn block_status_tells_extents_to_those_who_agreed_on_it_only() {
     server.join().unwrap().unwrap();
 }
 
-/// Pages beyond the end of a volume that was made smaller must not come back.
+/// Pages beyond the end of a shortened volume must not come back.
 #[test]
 fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
     let export = Memory::new();
@@ -192,8 +193,7 @@ fn a_client_of_an_export_that_shrank_can_not_go_beyond_its_end() {
     server.join().unwrap().unwrap();
 }
 
-/// A client that finds nothing to ask about is no client that asks wrongly: all other requests for
-/// no bytes succeed.
+/// A request for no bytes is not an error: all commands but BLOCK_STATUS must accept it.
 #[test]
 fn the_status_of_no_bytes_is_no_error() {
     let (mut client, server) = connect_as(&Memory::new(), BOTH, never());
@@ -204,8 +204,8 @@ fn the_status_of_no_bytes_is_no_error() {
     server.join().unwrap().unwrap();
 }
 
-/// Clients that don't ask for block sizes send what they like: kernels have sent 33 MB. A read of
-/// it failed, and a write ended the connection.
+/// Clients that don't ask for block sizes send any size: kernels have sent 33 MB. A read of that
+/// size used to fail, and a write ended the connection.
 #[test]
 fn requests_larger_than_announced_are_served_in_both_directions() {
     let (export, length) = (Memory::new(), 40usize << 20);
@@ -232,7 +232,7 @@ fn requests_larger_than_announced_are_served_in_both_directions() {
             client.read_exact(&mut read).unwrap();
             assert!(read == data);
         }
-        // What can't be served is refused, and the stream stays in step.
+        // What can't be served is refused, and the stream stays in sync.
         client
             .write_all(
                 &[&request(1, 3, SIZE, length as u32)[..], &data, &request(3, 4, 0, 0)].concat(),
@@ -249,7 +249,7 @@ fn requests_larger_than_announced_are_served_in_both_directions() {
     }
 }
 
-/// "No space" and "invalid" send an operator to look for a full disk, or for a faulty client.
+/// "No space" and "invalid" would send an operator to look for a full disk, or for a faulty client.
 #[test]
 fn requests_to_a_deleted_export_say_that_it_is_gone() {
     let export = Memory::new();
