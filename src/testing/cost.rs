@@ -1,5 +1,5 @@
-//! What an operation costs a shard in instructions: a figure that is the same on a busy machine and
-//! on a quiet one.
+//! Measures what an operation costs a shard in instructions: a figure that is the same on a busy
+//! machine and on a quiet one.
 //!
 //! ```text
 //! ClusterBench: shards of a store in memory, driven by one thread; time is virtual (100 us a poll)
@@ -9,15 +9,15 @@
 //! only.
 //!
 //! Invariants
-//! 1. All that shards do passes through [`counted`] while counting is on, and nothing else does: no
-//!    client, no disk.
-//! 2. A run is deterministic: no clock, no thread, no random source.
+//! 1. Everything that shards do, and nothing else, passes through [`counted`] while counting is on:
+//!    no client, no disk.
+//! 2. A run is deterministic: it uses no clock, no thread and no random source.
 //! 3. Answers are checked: an operation that fails, or reads another page than it asked for, ends
 //!    the run.
 //!
-//! It measures no time, no memory accesses, nothing of the threads and rings around a shard:
-//! `corepage bench` does. It is compiled for tests and under `--cfg fuzzing`, in which the engine
-//! has none of the simulator's questions.
+//! It does *not* measure time, memory accesses, or the threads and rings around a shard: `corepage
+//! bench` does. It is compiled for tests and under `--cfg fuzzing`, where the engine has none of
+//! the simulator's planted bugs.
 
 mod counting;
 
@@ -33,24 +33,25 @@ use counting::{CountedShard, CountingDisk};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Memory of a shard: the least that is of use, so that a volume of many times that is made
+/// Memory of a shard: the least that is useful, so that a volume of many times this size is made
 /// quickly.
 const MEMORY: u64 = 4 << 20;
 /// A volume of 64 times the memory.
 const FAR_PAGES: u64 = 64 * MEMORY / BLOCK as u64;
 /// Pages that fit into memory with room to spare.
 const NEAR_PAGES: u64 = 256;
-/// Pages that are asked for again and again after the volume of `FAR_PAGES` was read at random.
+/// Pages that are requested again and again after the volume of `FAR_PAGES` was read at random.
 const HOT_PAGES: u64 = 100;
-/// Commits over two shards, all of the same page, that wait for each other beside what is counted.
+/// Commits over two shards, all of the same page, that wait for each other while others are
+/// counted.
 const CONTENDING: usize = 8;
-/// Virtual time of a poll.
+/// Virtual time that a poll takes.
 const POLL_US: Micros = 100;
-/// An answer that takes more polls than this does not come: half a minute, longer than anything may
-/// wait.
+/// If an answer takes more polls than this, it will never arrive: half a minute, longer than
+/// anything may wait.
 const POLLS_MAX: u64 = 300_000;
 
-/// What is repeated.
+/// The kind of an operation.
 #[derive(Clone, Copy)]
 enum Kind {
     Read,
@@ -60,14 +61,14 @@ enum Kind {
     PutOverTwo,
 }
 
-/// Pages that it is done to.
+/// Which pages an operation uses.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pages {
-    /// Of `NEAR_PAGES`, all in memory.
+    /// One of `NEAR_PAGES`, all of which are in memory.
     Near,
-    /// Of `HOT_PAGES`, in a volume of which `FAR_PAGES` were read at random before.
+    /// One of `HOT_PAGES`, in a volume of which `FAR_PAGES` were read at random before.
     Hot,
-    /// Of `FAR_PAGES`, at random.
+    /// A random one of `FAR_PAGES`.
     Far,
 }
 
@@ -112,7 +113,7 @@ pub const OPERATIONS: &[Operation] = &[
     over_two("put-beside-contended-32", Kind::Put { durable: false }, 32, true),
 ];
 
-/// What was done while counting.
+/// What happened while counting was on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Done {
     /// Operations.
@@ -127,8 +128,8 @@ pub struct Done {
     pub contending: u64,
 }
 
-/// Prepares the operation of this name and counts `count` of it, rounded up to whole batches;
-/// `None`: there is no such.
+/// Prepares the operation of this name and runs it `count` times, rounded up to whole batches;
+/// `None` if there is no such operation.
 pub fn run(name: &str, count: u64) -> Option<Done> {
     let operation = *OPERATIONS.iter().find(|operation| operation.name == name)?;
     Some(ClusterBench::new(operation).measure(count))
@@ -201,7 +202,7 @@ impl ClusterBench {
         self.done
     }
 
-    /// Writes all pages, makes a checkpoint, and goes through some of what will be counted.
+    /// Writes all pages, makes a checkpoint, and warms up with some operations.
     fn prepare(&mut self) {
         for shard in 0..self.own.len() {
             for from in (0..self.own[shard].len()).step_by(32) {
@@ -246,7 +247,7 @@ impl ClusterBench {
         self.own[shard][(self.step % among) as usize]
     }
 
-    /// One batch of the operation.
+    /// Runs one batch of the operation.
     fn batch(&mut self) {
         let batch = self.operation.batch;
         match self.operation.kind {
@@ -305,8 +306,7 @@ impl ClusterBench {
         }
     }
 
-    /// As many commits over two shards of one page each are under way as contend; those that were
-    /// answered are followed.
+    /// Keeps the contending commits over two shards in flight: replaces those that were answered.
     fn keep_contending(&mut self) {
         if !self.operation.is_contended {
             return;
@@ -318,7 +318,7 @@ impl ClusterBench {
             }
         }
         while self.contending.len() < CONTENDING {
-            // Not among those that the counted commits write.
+            // These pages are not among those that the counted commits write.
             let keys = [0, 1].map(|shard| {
                 let own = |key: &PageKey| self.shard_map.shard_of(*key) == ShardId::new(shard);
                 (1 << 20..).map(key).find(own).expect("each shard has pages")
@@ -336,7 +336,7 @@ impl ClusterBench {
         token
     }
 
-    /// Asks for all of them together: the answers, in order.
+    /// Submits all requests together. Returns the answers in order.
     fn ask(&mut self, to: ShardId, requests: Vec<Request>) -> Vec<Response> {
         let tokens: Vec<_> =
             requests.into_iter().map(|request| self.request(to, request)).collect();
@@ -354,7 +354,7 @@ impl ClusterBench {
         panic!("no answer after {POLLS_MAX} polls: {:?}", self.done);
     }
 
-    /// Brings what has ended, turns each shard, and carries out what they want.
+    /// Delivers completions, turns each shard, and carries out its effects.
     fn poll_once(&mut self) {
         self.now += POLL_US;
         self.done.polls += u64::from(self.is_counting);
@@ -392,7 +392,7 @@ mod tests {
         run(name, 256).unwrap_or_else(|| panic!("{name} is an operation"))
     }
 
-    /// If this fails, the figures are of something else than their names say, and a slower
+    /// If this fails, the figures measure something other than their names say, and a slower
     /// operation may go unnoticed.
     #[test]
     fn each_operation_does_what_its_name_says() {
@@ -407,8 +407,8 @@ mod tests {
         assert_eq!(done("over-two"), done("over-two"), "a run is deterministic");
     }
 
-    /// If this fails, a shard whose volume is much larger than its memory reads pages from the disk
-    /// that are asked for all the time.
+    /// If this fails, a shard whose volume is much larger than its memory reads popular pages from
+    /// the disk again and again.
     #[test]
     fn pages_in_use_stay_in_memory_after_a_volume_of_64_times_the_memory_was_read() {
         assert_eq!(done("read-hot-32").disk_reads, 0);

@@ -1,12 +1,12 @@
-//! All shards of a store on one thread and one disk, without threads or a clock: for unit tests,
-//! fuzz targets and counts of instructions.
+//! Runs all shards of a store on one thread and one disk, without a clock: for unit tests, fuzz
+//! targets and instruction counts.
 //!
 //! Invariants
 //! 1. One round delivers what had arrived before it, turns every shard once, and carries out the
-//!    effects. What they lead to arrives in a later round.
+//!    effects, whose results arrive in a later round.
 //! 2. An operation's id at the disk carries its shard, so operations of different shards don't mix.
 //!
-//! It chooses no order at random and parks no shard: see `testing::sim::cluster`.
+//! It does *not* choose a random order or park shards: see `testing::sim::cluster`.
 
 use crate::base::error::Result;
 use crate::base::{Micros, ShardId};
@@ -25,7 +25,7 @@ const ROUND_US: Micros = 100;
 pub(crate) struct LocalCluster<S: StateMachine = Shard> {
     pub(crate) shards: Vec<S>,
     inboxes: Vec<Inbox<S::Message>>,
-    /// Answers that came.
+    /// The answers so far.
     pub(crate) replies: Vec<(Token, Result<Response>)>,
 }
 
@@ -91,7 +91,7 @@ impl<S: StateMachine> LocalCluster<S> {
         self.shards[shard.index()].request(token, request);
     }
 
-    /// One round; whether anything happened.
+    /// Runs one round. Returns whether anything happened.
     pub(crate) fn poll_once(&mut self, disk: &mut dyn Disk, now: Micros) -> bool {
         let mut completions = Vec::new();
         disk.reap(&mut completions);
@@ -117,8 +117,8 @@ impl<S: StateMachine> LocalCluster<S> {
         is_busy
     }
 
-    /// Goes on until `is_done`, or a shard has failed: then its error, when no operation is under
-    /// way any more.
+    /// Runs until `is_done`, or until a shard has failed and no operation is in flight: then
+    /// returns its error.
     pub(crate) fn run_until(
         &mut self,
         disk: &mut dyn Disk,
@@ -142,7 +142,7 @@ impl<S: StateMachine> LocalCluster<S> {
         }
     }
 
-    /// Goes on until the store is open.
+    /// Runs until the store is open.
     pub(crate) fn run_until_open(&mut self, disk: &mut dyn Disk, now: Micros) -> Result<()> {
         self.run_until(disk, now, |cluster| cluster.shards.iter().all(S::is_open))
     }

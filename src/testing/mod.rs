@@ -1,8 +1,8 @@
-//! What the engine is tested with: the simulator, fuzz targets, counts of instructions; and what all
-//! tests and benchmarks share, which is the one random source and the one pattern of pages.
+//! The tools that test the engine: the simulator, fuzz targets and instruction counts; and what all
+//! tests and benchmarks share: one random source and one pattern of pages.
 //!
-//! A release of the library has none of it; one with the program has [`random`] and [`pattern`], for
-//! `corepage bench`.
+//! A release of the library has none of these; one with the program has [`random`] and [`pattern`],
+//! for `corepage bench`.
 
 #![allow(missing_docs, reason = "nothing of it is for users of the library")]
 

@@ -1,16 +1,16 @@
-//! Contents of pages that say what they are: for the simulator, benchmarks and tests.
+//! Page contents that identify themselves: for the simulator, benchmarks and tests.
 //!
 //! ```text
 //! 0      8       16      24       32     64            192             4096
 //! magic  owner   number  version  words  patch area    words ...
 //!                                        number  count  words ...
 //! ```
-//! 1. Owner, number and version of a page give all its bytes, the patch area aside; number and
-//!    count of a patch give all of that. Another page, an old one and a torn one are told apart.
+//! 1. Owner, number and version of a page determine all its bytes except the patch area; number and
+//!    count of a patch determine that. So another page, an old one and a torn one are recognised.
 //! 2. Every word differs from its neighbours and from the words of other pages and versions.
 //!
-//! [`check`] stands beside what benchmarks measure, so it takes no memory, and looks at eight bytes
-//! at a time.
+//! [`check`] runs next to what benchmarks measure, so it allocates no memory, and compares eight
+//! bytes at a time.
 
 use crate::base::mix::mix;
 
@@ -21,23 +21,23 @@ pub const PATCH: usize = 128;
 pub const PATCH_AT: usize = 64;
 
 const MAGIC: u64 = 0x6e65_6765_7061_6765;
-/// From word to word: odd, so that a sequence never comes back to a word.
+/// The step from word to word: it is odd, so that a sequence never repeats a word.
 const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Bytes of the numbers at the front of a page, and of a patch.
 const PAGE_HEAD: usize = 32;
 const PATCH_HEAD: usize = 16;
 
-/// What a page is.
+/// Identifies a page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label {
-    /// Its volume, say; any number will do.
+    /// Its volume, for instance; any number works.
     pub owner: u64,
     pub number: u64,
     pub version: u64,
 }
 
 impl Label {
-    /// What the front of a page says that it is; `None` if it is no page of [`page`].
+    /// The label at the front of a page; `None` if [`page`] did not make it.
     pub fn of(page: &[u8]) -> Option<Label> {
         let (words, _) = page.as_chunks::<8>();
         let [magic, owner, number, version] = *words.first_chunk::<4>()?;
@@ -50,7 +50,7 @@ impl Label {
     }
 }
 
-/// The bytes of a page that was never patched.
+/// Makes the bytes of a page that was never patched.
 pub fn page(label: Label) -> Vec<u8> {
     let mut page = words(label.seed(), PAGE);
     let head = [MAGIC, label.owner, label.number, label.version];
@@ -60,7 +60,7 @@ pub fn page(label: Label) -> Vec<u8> {
     page
 }
 
-/// The `count`th patch of page `number`.
+/// Makes the `count`th patch of page `number`.
 pub fn patch(number: u64, count: u64) -> Vec<u8> {
     let mut patch = words(patch_seed(number, count), PATCH);
     for (bytes, word) in patch.chunks_exact_mut(8).zip([number, count]) {
@@ -73,7 +73,7 @@ fn patch_seed(number: u64, count: u64) -> u64 {
     mix(!mix(number) ^ count)
 }
 
-/// So many bytes that only this seed gives.
+/// Makes this many bytes that only this seed gives.
 pub fn words(seed: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len.next_multiple_of(8));
     let words = (0..len.div_ceil(8) as u64).map(|n| seed.wrapping_add(n.wrapping_mul(STEP)));
@@ -82,8 +82,8 @@ pub fn words(seed: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// Whether these are the bytes of page `number` of this owner, in any version: which version and,
-/// if it was patched, which patch.
+/// Checks that these are the bytes of page `number` of this owner, in any version. Returns the
+/// version and the number of the last patch.
 pub fn check(owner: u64, number: u64, page: &[u8]) -> Option<(u64, u64)> {
     let label = Label::of(page).filter(|_| page.len() == PAGE)?;
     if (label.owner, label.number) != (owner, number) {
@@ -110,7 +110,7 @@ fn holds(bytes: &[u8], at: usize, seed: u64) -> bool {
     let (words, rest) = bytes.as_chunks::<8>();
     let first = seed.wrapping_add((at as u64 / 8).wrapping_mul(STEP));
     let wanted = |n: usize| first.wrapping_add((n as u64).wrapping_mul(STEP));
-    // No early end: that is faster where it holds.
+    // There is no early exit: that is faster if the words match.
     let difference = |n: usize, word: &[u8; 8]| u64::from_le_bytes(*word) ^ wanted(n);
     words.iter().enumerate().fold(0, |other, (n, word)| other | difference(n, word)) == 0
         && rest.is_empty()
@@ -124,7 +124,7 @@ mod tests {
         Label { owner: 2, number, version }
     }
 
-    /// If this fails, the simulator and the benchmarks call wrong data right.
+    /// If this fails, the simulator and the benchmarks accept wrong data.
     #[test]
     fn a_page_that_is_not_the_one_asked_for_is_noticed() {
         let mut page = page(label(7, 3));

@@ -1,16 +1,16 @@
-//! Random numbers from a seed: the only source of them in the simulator, tests and benchmarks.
+//! Random numbers from a seed: the only random source in the simulator, tests and benchmarks.
 //!
 //! Invariants
 //! 1. The same seed gives the same numbers, on every machine and in every version of the toolchain.
-//! 2. A fork is independent of its parent: drawing more from the one never changes what the other
-//!    gives, so that a change in the disk's use of chance does not change the workload.
+//! 2. A fork is independent of its parent: drawing more from one never changes what the other
+//!    gives, so that a change in the disk's use of random numbers does not change the workload.
 //!
 //! xoshiro256++ seeded by SplitMix64 (Blackman and Vigna, "Scrambled linear pseudorandom number
-//! generators", 2021). It is not for secrets.
+//! generators", 2021). It is not suitable for secrets.
 
 use crate::base::mix::mix;
 
-/// A stream of numbers.
+/// A stream of random numbers.
 #[derive(Clone, Debug)]
 pub struct Rng {
     state: [u64; 4],
@@ -85,14 +85,14 @@ impl Rng {
         }
     }
 
-    /// So many random bytes.
+    /// This many random bytes.
     pub fn bytes(&mut self, count: usize) -> Vec<u8> {
         let mut bytes = vec![0; count];
         self.fill(&mut bytes);
         bytes
     }
 
-    /// An index, each with a chance in proportion to its weight; the weights are not all zero.
+    /// A random index, with probabilities proportional to the weights, which are not all zero.
     pub fn weighted(&mut self, weights: &[u32]) -> usize {
         let mut left = self.below(weights.iter().map(|&w| u64::from(w)).sum());
         for (index, &weight) in weights.iter().enumerate() {

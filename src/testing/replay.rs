@@ -1,5 +1,5 @@
-//! A fuzz target without a fuzzer: every file of its corpus, then mutations of them, the same in
-//! every run.
+//! Runs a fuzz target without a fuzzer: on every file of its corpus, then on mutations of them, the
+//! same in every run.
 //!
 //! 1. An input that fails is printed in hexadecimal, to become a file of the corpus.
 
@@ -29,15 +29,15 @@ pub fn run(target: &str, mutations: u64, function: impl Fn(&[u8])) {
 }
 
 fn one(what: &str, bytes: &[u8], function: impl Fn(&[u8])) {
-    // What went wrong was printed by the panic itself.
+    // The panic itself has printed what went wrong.
     if catch_unwind(AssertUnwindSafe(|| function(bytes))).is_err() {
         let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         panic!("the target failed on {what}: {text}");
     }
 }
 
-/// One input, or the front of one and the back of another, with some bytes changed, left out and
-/// put in.
+/// Makes an input from one, or from the front of one and the back of another, with some bytes
+/// changed, removed and inserted.
 fn mutated(corpus: &[Vec<u8>], seed: u64) -> Vec<u8> {
     let mut rng = Rng::new(seed);
     let mut draw = |bound: usize| rng.below(bound.max(1) as u64) as usize;

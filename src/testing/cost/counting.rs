@@ -1,4 +1,4 @@
-//! A shard whose work a counter of instructions finds, and a disk that counts what goes to it.
+//! A shard whose work an instruction counter can find, and a disk that counts its operations.
 
 use crate::base::error::{Error, Result};
 use crate::base::{Lsn, Micros, ShardId};
@@ -14,7 +14,7 @@ fn counted<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
-/// A shard all of whose work is [`counted`] while counting is on.
+/// A shard whose work is all [`counted`] while counting is on.
 pub(super) struct CountedShard {
     pub(super) shard: Shard,
     pub(super) is_counting: bool,
@@ -86,7 +86,7 @@ impl StateMachine for CountedShard {
     }
 }
 
-/// A disk that counts what goes to it.
+/// A disk that counts its operations.
 pub(super) struct CountingDisk {
     pub(super) disk: MemoryDisk,
     pub(super) reads: u64,

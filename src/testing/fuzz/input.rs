@@ -1,6 +1,7 @@
-//! Numbers off the front of a fuzzer's bytes; when they are used up, zeros without end.
+//! Takes numbers off the front of a fuzzer's bytes; when these are used up, it returns zeros for
+//! ever.
 
-/// The bytes that are left.
+/// The remaining bytes.
 pub(super) struct Input<'a>(pub &'a [u8]);
 
 impl<'a> Input<'a> {
@@ -8,7 +9,7 @@ impl<'a> Input<'a> {
         self.0.is_empty()
     }
 
-    /// So many bytes, or what is left.
+    /// Takes this many bytes, or the rest.
     pub fn take(&mut self, count: usize) -> &'a [u8] {
         let (head, rest) = self.0.split_at(count.min(self.0.len()));
         self.0 = rest;
@@ -30,12 +31,12 @@ impl<'a> Input<'a> {
         u64::from_le_bytes(bytes)
     }
 
-    /// A number below `bound`, which is at most 65,536.
+    /// Takes a number below `bound`, which is at most 65,536.
     pub fn below(&mut self, bound: usize) -> usize {
         if bound <= 256 { self.u8() as usize % bound.max(1) } else { self.u16() as usize % bound }
     }
 
-    /// Small numbers mostly, and now and then one of any size.
+    /// Takes a number, mostly a small one, and now and then one of any size.
     pub fn number(&mut self) -> u64 {
         match self.u8() {
             255 => self.u64(),

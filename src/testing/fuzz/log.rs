@@ -1,10 +1,10 @@
-//! Fuzz target: logs that may hold anything.
+//! Fuzz target: logs with arbitrary contents.
 //!
-//! 1. A block that may be a group: what the decoder accepts is within its bounds, and is the same
-//!    again when it is encoded and decoded once more.
-//! 2. Logs of two shards made of arbitrary groups, some of them damaged: recovery finds the cut
-//!    that a simple model finds, keeps the groups up to it, or refuses where the model says that
-//!    durable commits are missing.
+//! 1. A block that may be a group: what the decoder accepts is within its bounds, and encoding and
+//!    decoding it again gives the same result.
+//! 2. Logs of two shards made of arbitrary groups, some of them damaged: recovery finds the same
+//!    end of the log as a simple model and keeps the groups up to it, or refuses where the model
+//!    says that durable commits are missing.
 
 use super::input::Input;
 use super::memory::{Image, MemoryDisk};
@@ -54,7 +54,7 @@ static ZEROS: LazyLock<Arc<Image>> = LazyLock::new(|| {
     Arc::new(all.map(|(file, len)| (file, vec![0; len])).collect())
 });
 
-/// The target.
+/// Runs the target.
 pub fn log(data: &[u8]) {
     let mut input = Input(data);
     match input.u8() % 2 {
@@ -108,8 +108,8 @@ fn block(input: &mut Input) {
     assert_eq!(plain(&decoded), plain(&records));
 }
 
-/// Puts right what arbitrary bytes would hardly ever have: bit by bit the magic, the place, the
-/// sizes and the checksums.
+/// Corrects what arbitrary bytes would hardly ever have right, as the bits of `which` select: the
+/// magic, the place, the sizes and the checksums.
 fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     if which & 1 == 0 {
@@ -136,7 +136,7 @@ fn repair(bytes: &mut [u8], which: u8, blocks: usize) {
     }
 }
 
-/// Writes the checksum of the head that `bytes` begin with.
+/// Writes the checksum of the head at the start of `bytes`.
 pub(super) fn seal(bytes: &mut [u8], salt: u64) {
     let at = offset_of!(Head, head_crc);
     let sum = crate::format::crc_around(crc32c(&salt.to_le_bytes()), &bytes[..HEAD_BYTES], at);
@@ -181,20 +181,21 @@ fn encode(record: &Record, out: &mut Vec<u8>) {
 
 // --- logs made of groups ---
 
-/// A group as the model knows it.
+/// A group in the model.
 struct Made {
     head: GroupHead,
-    /// Its head can be read.
+    /// Whether its head can be read.
     is_found: bool,
-    /// It is all there, its pages at their places left out.
+    /// Whether it is complete, not counting pages at their final places.
     is_whole: bool,
-    /// Its pages at their places are there.
+    /// Whether its pages at their final places are there.
     is_placed: bool,
     records: Vec<(Lsn, Role)>,
 }
 
 impl Made {
-    /// The LSNs that it accounts for or has a part of, of each run the first and the last.
+    /// The first and the last LSN of each run that it accounts for, and those of which it has a
+    /// part.
     fn lsns(&self) -> impl Iterator<Item = u64> {
         let run = |&(first, count): &(Lsn, u64)| {
             [first.get(), first.get().saturating_add(count.saturating_sub(1))]
@@ -267,7 +268,7 @@ fn superblock(input: &mut Input) -> Superblock {
     }
 }
 
-/// Writes a group behind the others of its segment; `None` if there is no room.
+/// Writes a group after the others of its segment; `None` if there is no room.
 fn group(
     input: &mut Input,
     disk: &mut MemoryDisk,
@@ -323,7 +324,7 @@ fn group(
     Some(Made { head, is_found, is_whole, is_placed, records })
 }
 
-/// Up to two images, and whether the pages that they put to their places are there.
+/// Makes up to two images. Tells also whether the pages that they place are there.
 fn images(input: &mut Input, head: &mut GroupHead) -> (Vec<PageImage>, bool) {
     let count = input.below(3);
     let (mut images, mut is_placed) = (Vec::new(), true);
@@ -396,7 +397,8 @@ fn watermark(superblock: &Superblock, made: &[Made]) -> u64 {
     found.fold(superblock.watermark.get(), u64::max)
 }
 
-/// The cut; `None` if the store must be refused. Groups that turn out not to be whole are marked.
+/// The end of the log; `None` if the store must be refused. Marks groups that turn out to be
+/// incomplete.
 fn expected(superblock: &Superblock, made: &mut [Made]) -> Option<u64> {
     let watermark = watermark(superblock, made);
     for m in made.iter_mut() {
@@ -408,7 +410,7 @@ fn expected(superblock: &Superblock, made: &mut [Made]) -> Option<u64> {
     let whole = || made.iter().filter(|m| m.is_whole);
     let redo = redo(superblock);
     let mut recovered_lsn = redo;
-    // One step at a time over whichever run has the next LSN.
+    // Advance one step at a time, over whichever run has the next LSN.
     while let Some(end) = whole()
         .flat_map(|m| &m.head.runs)
         .filter(|(first, count)| {

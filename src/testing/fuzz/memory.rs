@@ -1,8 +1,7 @@
-//! A disk in memory over an image that many share: an execution costs what it writes.
+//! A disk in memory over an image that many share, so that an execution only costs what it writes.
 //!
 //! Invariants
-//! 1. Operations complete at once, in order; reads and writes outside of a file fail as a device's
-//!    would.
+//! 1. Operations complete at once, in order; reads and writes outside a file fail as on a device.
 //! 2. The image below is never changed.
 
 use crate::base::error::{Error, Result};
@@ -28,7 +27,7 @@ impl MemoryDisk {
         MemoryDisk { image, lens, changed: BTreeMap::new(), done: Vec::new() }
     }
 
-    /// All of it as an image of its own.
+    /// Copies everything into an image of its own.
     pub fn image(&self) -> Image {
         let whole = |(&file, &len): (&FileId, &u64)| {
             let blocks = (0..len / BLOCK as u64).flat_map(|number| *self.block(file, number));
@@ -37,7 +36,7 @@ impl MemoryDisk {
         self.lens.iter().map(whole).collect()
     }
 
-    /// The contents of a block, zeros where nothing was written.
+    /// The contents of a block: zeros where nothing was written.
     pub fn block(&self, file: FileId, number: u64) -> &[u8; BLOCK] {
         static ZEROS: [u8; BLOCK] = [0; BLOCK];
         if let Some(bytes) = self.changed.get(&(file, number)) {
@@ -48,7 +47,7 @@ impl MemoryDisk {
         below.and_then(|bytes| bytes.try_into().ok()).unwrap_or(&ZEROS)
     }
 
-    /// The same, to be changed; `None` outside of the file.
+    /// The contents of a block for writing; `None` outside the file.
     pub fn block_mut(&mut self, file: FileId, number: u64) -> Option<&mut [u8; BLOCK]> {
         if (number + 1) * BLOCK as u64 > *self.lens.get(&file)? {
             return None;

@@ -1,7 +1,7 @@
-//! Fuzz targets of the library: any bytes in, a panic if what they lead to breaks a promise.
+//! Fuzz targets of the library: they take any bytes, and panic if these lead to a broken promise.
 //!
-//! [`log`]: a log that may hold anything is decoded and cut as a simple model says. [`open`]: a
-//! damaged store is opened; it refuses, or serves only what was written.
+//! [`log`] decodes a log with arbitrary contents and compares its end with a simple model. [`open`]
+//! opens a damaged store, which refuses, or serves only what was written.
 //!
 //! Each target is one function. `scripts/fuzz` runs it under libFuzzer (`tests/fuzz/`); the tests
 //! here run the stored corpus and some thousands of mutations of it. The targets of the server are

@@ -1,13 +1,14 @@
-//! Fuzz target: opening a damaged store.
+//! Fuzz target: opens a damaged store.
 //!
-//! 1. Bytes changed, zeroed, cut off, lost or misdirected, checksums left as they are: what is read
-//!    of the store is what was written, or an error says where the damage is. A store that opens
-//!    serves exactly the state at the cut that it reports, page by page, or refuses the page.
-//! 2. The same with the checksums put right afterwards, so that nonsense gets past them:
-//!    superblocks, roots, tables and logs are read without a panic. Nothing more is promised
-//!    against who can compute a checksum.
+//! 1. Bytes are changed, zeroed, cut off, lost or misdirected, and checksums are not corrected:
+//!    what is read of the store is what was written, or an error says where the damage is. A store
+//!    that opens serves, page by page, exactly the state at the LSN that it reports, or refuses the
+//!    page.
+//! 2. The same damage with corrected checksums, so that nonsense gets past them: superblocks,
+//!    roots, tables and logs are read without a panic. Nothing more is promised against an attacker
+//!    that can compute a checksum.
 //!
-//! A lost or a misdirected write counts alone: two of them can be an older state that is whole.
+//! A lost or a misdirected write is the only damage: two of them can form an older, complete state.
 
 use super::input::Input;
 use super::log::seal;
@@ -36,16 +37,16 @@ const SHARDS: u16 = 2;
 /// Pages of the model, in two volumes.
 const PAGES: u64 = 12;
 const COMMITS: u64 = 40;
-/// Where the checksums of all structures stand that have one: not touched where checksums are to
-/// hold.
+/// The offset of the checksum in all structures that have one: not changed where checksums must
+/// catch the damage.
 const SUMS: std::ops::Range<usize> = 8..16;
 
 type State = BTreeMap<PageKey, Vec<u8>>;
 
-/// A store to be damaged.
+/// A store to damage.
 struct Base {
     image: Arc<Image>,
-    /// Some commits before.
+    /// The image some commits earlier.
     earlier: Image,
     /// Blocks that are not all zeros.
     spots: Vec<(FileId, u64)>,
@@ -59,13 +60,13 @@ thread_local! {
     static ARENA: RefCell<Arena> = RefCell::new(Arena::new(512).expect("memory for reading"));
 }
 
-/// The target. One in 32 stores is opened for good, which takes fifty times as long as reading all
-/// that an open reads.
+/// Runs the target. It opens one in 32 stores fully, which takes fifty times as long as reading
+/// everything that an open reads.
 pub fn open(data: &[u8]) {
     run(data, crc32c(data).is_multiple_of(32));
 }
 
-/// Every store is opened for good.
+/// Opens every store fully.
 #[cfg(test)]
 pub(super) fn open_each(data: &[u8]) {
     run(data, true);
@@ -141,7 +142,7 @@ fn keys() -> Vec<PageKey> {
     (0..PAGES).map(key).collect()
 }
 
-/// Whole pages, patches and frees, also over both shards.
+/// Makes whole pages, patches and frees, some over both shards.
 fn changes(round: u64) -> Vec<(PageKey, Change)> {
     let keys = keys();
     let one = |n: u64| {
@@ -192,7 +193,7 @@ fn base(clean: bool) -> Base {
     Base { image: Arc::new(image), earlier, spots, superblock: found.superblock, commits }
 }
 
-/// The store after all commits up to `recovered_lsn`; of an absent page zeros are read.
+/// The store after all commits up to `recovered_lsn`; an absent page reads as zeros.
 fn state(base: &Base, recovered_lsn: Lsn) -> State {
     let mut state: State = keys().into_iter().map(|key| (key, vec![0; BLOCK])).collect();
     for (key, change) in base
@@ -267,7 +268,7 @@ fn damage(disk: &mut MemoryDisk, base: &Base, is_sealed: bool, input: &mut Input
     }
 }
 
-/// Puts right the checksums by which a superblock names roots and table.
+/// Corrects the checksums by which a superblock names roots and table.
 fn name_anew(disk: &mut MemoryDisk, copy: u64) {
     let blocks =
         (0..SUPERBLOCK_BYTES / BLOCK).map(|i| Superblock::offset(copy) / BLOCK as u64 + i as u64);
@@ -282,7 +283,7 @@ fn name_anew(disk: &mut MemoryDisk, copy: u64) {
         state.root.crc =
             sum(FileId::Meta, root::offset(vshard, state.root.generation, vshards_count));
     }
-    // With more blocks than the file has it is refused anyway.
+    // With more blocks than the file has, it is refused anyway.
     let table_blocks = superblock.extents_count.div_ceil(extent::TABLE_ROWS).min(64);
     let table = (0..table_blocks)
         .map(|i| sum(FileId::Table, extent::table_offset(i, superblock.checkpoint)));
@@ -295,7 +296,7 @@ fn name_anew(disk: &mut MemoryDisk, copy: u64) {
     }
 }
 
-/// Puts the checksum right of the structure that the block belongs to, if it has one of its own.
+/// Corrects the checksum of the structure that the block belongs to, if it has one of its own.
 fn reseal(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
     let copy_blocks = (SUPERBLOCK_BYTES / BLOCK) as u64;
     let (first, count, at) = match file {
@@ -315,7 +316,7 @@ fn reseal(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
     }
 }
 
-/// The same of the group, or of all that may be the group, that the block belongs to.
+/// Does the same for the group, or for all possible groups, that the block belongs to.
 fn reseal_groups(disk: &mut MemoryDisk, file: FileId, number: u64, salt: u64) {
     for first in 0..=number {
         let head = disk.block(file, first);
@@ -349,7 +350,7 @@ fn assert_names_the_place(error: &Error) {
     assert!(places.iter().any(|word| text.contains(word)), "no place in: {text}");
 }
 
-/// Everything that is read before there are shards.
+/// Reads everything that an open reads before there are shards.
 fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
     let outcome = ARENA.with_borrow_mut(|arena| -> Result<()> {
         let superblock = recovery::find_superblock(disk, arena)?.superblock;
@@ -375,7 +376,7 @@ fn load(disk: &mut MemoryDisk, base: &Base, is_sealed: bool) {
     }
 }
 
-/// Roots and table are, byte for byte, those of the image.
+/// Checks that roots and table are, byte for byte, those of the image.
 fn check_loaded(base: &Base, loaded: &recovery::Loaded) {
     let (meta, table) = (&base.image[&FileId::Meta], &base.image[&FileId::Table]);
     let superblock = &base.superblock;
@@ -396,13 +397,13 @@ fn check_loaded(base: &Base, loaded: &recovery::Loaded) {
     assert_eq!(rows.expect("the table of the image").0, loaded.table, "another table is taken");
 }
 
-/// Opens the store for good and reads every page.
+/// Opens the store fully and reads every page.
 fn serve(disk: MemoryDisk, base: &Base) {
     let (mut driver, report) = match Driver::open(disk) {
         Ok(opened) => opened,
         Err(error) => return assert_names_the_place(&error),
     };
-    // With no superblock and no first log block left it is an empty directory.
+    // Without a superblock and without the first log block it is an empty directory.
     if report.created {
         return;
     }
@@ -423,8 +424,7 @@ fn serve(disk: MemoryDisk, base: &Base) {
     assert!(driver.disk.len(FileId::Meta).is_ok_and(|len| len.is_some()));
 }
 
-/// Nonsense that is to get past the checksums does: changed roots and tables are taken for what
-/// they say.
+/// Nonsense with corrected checksums must get past them: changed roots and tables are accepted.
 #[cfg(test)]
 #[test]
 fn sealed_nonsense_is_read() {

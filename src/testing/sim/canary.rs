@@ -1,16 +1,16 @@
 //! Planted bugs: each must be caught by the ordinary checks, or the checks prove nothing.
 //!
-//! A place in the engine or in the simulated disk asks [`planted`] at the moment at which the bug
-//! would do its damage, and misbehaves if the answer is yes. Bugs are planted per thread: recovery,
-//! too, can ask. The question counts, so that a test can tell "not caught" from "never reached". To
-//! add one: its line in the list, and one question in the code. A bug that needs more than that is
-//! a patch in `tests/mutants`, which `scripts/mutants --patches` tries.
+//! A place in the engine or in the simulated disk calls [`planted`] at the moment when the bug
+//! would do its damage, and misbehaves if the answer is yes. Bugs are planted per thread, so
+//! recovery can call it, too. Calls are counted, so that a test can tell "not caught" from "never
+//! reached". To add a bug, add its line in the list, and one call in the code. A bug that needs
+//! more than that is a patch in `tests/mutants`, which `scripts/mutants --patches` runs.
 //!
-//! It is compiled for tests and for the feature `sim` only, never into a release of the engine.
+//! It is compiled only for tests and for the feature `sim`, never into a release of the engine.
 
 use std::cell::Cell;
 
-/// The list of bugs: each a line of documentation and a name.
+/// Declares the bugs: each has a line of documentation and a name.
 macro_rules! canaries {
     ($($(#[$doc:meta])+ $name:ident,)+) => {
         /// A bug that can be planted; at most one at a time.
@@ -138,7 +138,7 @@ canaries! {
 }
 
 impl Canary {
-    /// Whether this is the bug that is planted; does not count.
+    /// Whether this bug is planted; does not count as fired.
     pub fn is_planted(self) -> bool {
         PLANTED.with(Cell::get) == Some(self)
     }
@@ -154,8 +154,8 @@ pub fn plant(canary: Option<Canary>) {
     PLANTED.with(|planted| planted.set(canary));
 }
 
-/// Whether `which` is the bug that is planted; counts it as fired if so. Ask only where the bug
-/// changes something.
+/// Whether `which` is planted; if so, counts it as fired. Call it only where the bug changes
+/// something.
 pub fn planted(which: Canary) -> bool {
     let fires = which.is_planted();
     if fires {

@@ -1,4 +1,4 @@
-//! A store of one or more shards, each driven as by its real event loop: parked until something
+//! A store of one or more shards, each driven as its real event loop would: parked until something
 //! arrives for it.
 //!
 //! ```text
@@ -9,14 +9,14 @@
 //! ```
 //! Invariants
 //! 1. A shard turns only if something has arrived for it, its deadline has come, or the watermark
-//!    has reached what it waits for; and once at the beginning. So a shard that waits for something
-//!    that never happens hangs, and the run fails.
+//!    has reached what it waits for; and once at the beginning. So if a shard waits for something
+//!    that never happens, it hangs, and the run fails.
 //! 2. A turn is atomic; the seed says which shard turns next, and what it takes.
 //! 3. One disk serves all shards; a completion comes back to the shard that submitted the
 //!    operation.
 //! 4. Effects of a shard after the power was cut are dropped.
 //!
-//! It does *not* route requests or judge anything.
+//! It does *not* route requests or check answers.
 
 use super::disk::SimDisk;
 use super::host::{Node, NodeHost, SHARD_SHIFT, Stop, Turn};
@@ -40,13 +40,13 @@ use std::sync::Arc;
 /// `IDLE_TURN_US` on average.
 const IDLE_TURNS_MAX: u64 = 1_000;
 const IDLE_TURN_US: Micros = 200;
-/// Messages under way between two shards beyond which the protocol counts as unbounded.
+/// If more messages than this are in flight between two shards, the protocol counts as unbounded.
 const MESSAGES_MAX: usize = 8_192;
 /// Turns between two audits: at least `AUDIT_EACH`, and one for each `AUDITED_A_TURN` pages and map
 /// nodes, so that a large store does not spend all its time on audits.
 const AUDIT_EACH: u64 = 32;
 const AUDITED_A_TURN: u64 = 4;
-/// Turns within which a store must be open; a few thousand are usual.
+/// A store must be open within this many turns; a few thousand are usual.
 const OPENING_TURNS_MAX: u32 = 1_000_000;
 
 /// An open store, or one being opened.
@@ -70,12 +70,12 @@ pub struct Cluster {
     counters: ClusterCounters,
 }
 
-/// The findings of an opening.
+/// What an opening found.
 #[derive(Clone, Copy, Debug)]
 pub struct Opened {
-    /// The store was created.
+    /// Whether the store was created.
     pub created: bool,
-    /// It had been closed cleanly.
+    /// Whether it had been closed cleanly.
     pub clean: bool,
     /// The last LSN of the recovered state.
     pub recovered_lsn: Lsn,
@@ -92,7 +92,7 @@ pub struct ClusterCounters {
     pub switches: u64,
     /// Messages sent.
     pub messages: u64,
-    /// Most messages under way between two shards.
+    /// The most messages in flight between two shards.
     pub messages_most: u64,
     /// Shards woken because the watermark had reached what they waited for.
     pub wakes: u64,
@@ -103,7 +103,7 @@ pub struct ClusterCounters {
 }
 
 impl ClusterCounters {
-    /// Adds another's.
+    /// Adds the counters of another cluster.
     pub fn add(&mut self, other: &ClusterCounters) {
         self.turns += other.turns;
         self.switches += other.switches;
@@ -111,13 +111,13 @@ impl ClusterCounters {
         self.messages_most = self.messages_most.max(other.messages_most);
         self.wakes += other.wakes;
         self.opened.iter_mut().zip(other.opened).for_each(|(sum, more)| *sum += more);
-        // In any order: the threads of a campaign end in none.
+        // The sum does not depend on the order, since the threads of a campaign end in any.
         self.trace = self.trace.wrapping_add(other.trace);
     }
 }
 
 impl Cluster {
-    /// Begins to open the store on `disk`, or to make it; [`step`](Self::step) until it [is
+    /// Begins to open or create the store on `disk`; call [`step`](Self::step) until it [is
     /// open](Self::is_open).
     ///
     /// # Errors
@@ -154,8 +154,8 @@ impl Cluster {
         let nodes: Vec<Node> = shards.iter().map(node).collect();
         let cluster = Cluster {
             net: Net::new(nodes.len()),
-            // Not drawn from the stream that all else comes from: a run without held reads is as it
-            // was.
+            // This does not draw from the main random stream: a run without held reads must not
+            // change.
             late: Late::new(holding, nodes.len(), rng.clone().fork(7)),
             progress: Progress::new(nodes.len()),
             shard_map: shards[0].shard_map(),
@@ -176,7 +176,7 @@ impl Cluster {
     /// Drives a store that has [begun](Self::begin) to open until it is open, or the power is off.
     ///
     /// # Errors
-    /// Inner: the failure of a shard. Outer: opening hangs, or has no end.
+    /// Inner: the failure of a shard. Outer: opening hangs, or never ends.
     pub fn finish_opening(&mut self) -> std::result::Result<Result<()>, String> {
         let mut turns = 0;
         while !self.is_open() && !self.disk.is_off() {
@@ -211,7 +211,7 @@ impl Cluster {
         self.shards.iter().find_map(Shard::failure)
     }
 
-    /// How the pages are dealt out.
+    /// How the pages are distributed over shards.
     pub fn shard_map(&self) -> ShardMap {
         self.shard_map
     }
@@ -248,11 +248,11 @@ impl Cluster {
         (self.idle_turns, self.busy_at) = (0, self.disk.now());
     }
 
-    /// The time of the next event. `None`: there is none, unless a request comes.
+    /// The time of the next event. `None` if there is none until a request arrives.
     pub fn next_at(&self) -> Option<Micros> {
         let next = self.next_event_at();
         let kept = self.late.next_due(self.is_at_rest()).map(|at| at.max(self.disk.now()));
-        // If nothing else will happen one of them is told at once.
+        // If nothing else will happen, one of them is delivered at once.
         if next.is_none() {
             kept.map(|_| self.disk.now())
         } else {
@@ -260,13 +260,13 @@ impl Cluster {
         }
     }
 
-    /// The time of the next event, delayed completions aside.
+    /// The time of the next event, not counting delayed completions.
     fn next_event_at(&self) -> Option<Micros> {
         let turns = (0..self.nodes.len()).filter_map(|index| self.turn_at(index));
         turns.chain(self.disk.next_due()).min()
     }
 
-    /// Whether only deadlines and delayed completions are to come.
+    /// Whether only deadlines and delayed completions are left.
     fn is_at_rest(&self) -> bool {
         let has_work = |(node, shard): (&Node, &Shard)| {
             !node.completions.is_empty() || (!node.requests.is_empty() && shard.accepting())
@@ -285,17 +285,17 @@ impl Cluster {
         reasons.into_iter().flatten().min().map(|at| at.max(node.free_at))
     }
 
-    /// All that `shard` has sent to others until now.
+    /// Marks all that `shard` has sent to others until now.
     pub fn mark(&self, shard: ShardId) -> Mark {
         self.net.mark(shard.index())
     }
 
-    /// Whether all that had been sent then has arrived.
+    /// Whether everything sent before the mark has arrived.
     pub fn reached(&self, mark: &Mark) -> bool {
         self.net.reached(mark)
     }
 
-    /// Moves time on to the next event, and lets a shard turn if one has a reason to. `None`:
+    /// Advances time to the next event, and lets a shard turn if one has a reason to. `None` if
     /// nothing will happen.
     ///
     /// # Errors
@@ -322,7 +322,7 @@ impl Cluster {
         self.turn(index).map(Some)
     }
 
-    /// Takes completions from the disk to the shards that submitted the operations.
+    /// Delivers completions from the disk to the shards that submitted the operations.
     fn reap(&mut self) {
         let mut done = Vec::new();
         self.disk.clone().reap(&mut done);
@@ -384,7 +384,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// The shard parks after its turn; others are woken if the watermark has reached what they wait
+    /// Parks the shard after its turn, and wakes others if the watermark has reached what they wait
     /// for.
     fn park(&mut self, index: usize, now: Micros, before: Lsn) -> std::result::Result<(), String> {
         let watermark = self.order.watermark();
@@ -396,7 +396,7 @@ impl Cluster {
             let reached = shard.waits_for().is_some_and(|lsn| lsn <= watermark);
             if reached && node.woken_at.is_none() {
                 self.counters.wakes += u64::from(other != index);
-                // A shard that is about to park looks at the watermark again.
+                // A shard that is about to park checks the watermark again.
                 let after = if other == index { 0 } else { self.timing.wake_us(&mut self.rng) };
                 node.woken_at = Some(now + after);
             }

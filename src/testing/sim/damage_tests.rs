@@ -1,9 +1,9 @@
-//! Damage to every sector of a store: flipped, zeroed, stale and swapped, one sector or the block
-//! around it.
+//! Damages every sector of a store: it is flipped, zeroed, made stale or swapped, alone or with the
+//! block around it.
 //!
-//! Of a store that was closed, everything that opening it and reading it touches must be missed
-//! when it is damaged. Of one that was not, everything is damaged that is there.
-//! `COREPAGE_STORES=n` does it to n stores.
+//! In a closed store, damage to any block that opening and reading touch must be noticed. In one
+//! that was not closed, every block with contents is damaged. `COREPAGE_STORES=n` does this to n
+//! stores.
 
 use super::disk::DamageCounters;
 use super::disk::{Damage, Loss, SECTOR, SECTORS};
@@ -35,7 +35,7 @@ fn sim(case: &Case) -> Outcome<SimRun> {
     options.geometry.segments_count = 4;
     let mut profile = Profile { in_flight: 4, ..Profile::random(&mut rng) };
     profile.universe.truncate(60);
-    // What an opening reads depends on the number of shards: it is the same in each.
+    // What an opening reads depends on the number of shards, so each opening has the same number.
     let shards = 1 + (case.seed % 2) as u16;
     let plan = Plan {
         options: Some(options),
@@ -55,8 +55,8 @@ fn sim(case: &Case) -> Outcome<SimRun> {
     Ok(sim)
 }
 
-/// What is damaged: of a closed store the blocks that are read, of another one those with anything
-/// in them.
+/// Which blocks to damage: in a closed store those that are read, in another one those with
+/// contents.
 fn targets(sim: &mut SimRun, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
     let image = sim.disk.crash(Loss::Everything, &mut Rng::new(case.seed));
     if case.clean {
@@ -72,8 +72,7 @@ fn targets(sim: &mut SimRun, case: &Case) -> Outcome<Vec<(FileId, u64)>> {
     Ok(image.files().into_iter().flat_map(blocks).filter(is_used).collect())
 }
 
-/// Copies of the superblock stand in for each other: one that is stale is as good as one that is
-/// not there.
+/// Copies of the superblock stand in for each other: a stale one is like a missing one.
 fn is_superblock(file: FileId, block: u64) -> bool {
     file == FileId::Meta && block < SUPERBLOCK_COPIES * (SUPERBLOCK_BYTES / BLOCK) as u64
 }
@@ -91,7 +90,7 @@ fn run(case: &Case) -> Outcome<RunStats> {
         let first = block * SECTORS as u64;
         let places = (0..SECTORS as u64).map(|n| (first + n, 1)).chain([(first, SECTORS)]);
         for (at, count) in places {
-            // A block that looks as if it belonged here, where there is one.
+            // Use a block that looks as if it belonged here, if there is one.
             let others: Vec<u64> =
                 targets.iter().filter(|t| t.0 == file && t.1 != block).map(|t| t.1).collect();
             let other = if others.is_empty() { 0 } else { *rng.pick(&others) };
@@ -129,22 +128,22 @@ fn run_all(seeds: u64, clean: bool) -> DamageCounters {
     damage
 }
 
-/// If this fails, a rotten sector is served as data, or found by a user instead of by the store.
+/// If this fails, a damaged sector is served as data, or found by a user instead of by the store.
 #[test]
 fn damage_to_any_sector_of_a_closed_store_is_noticed() {
     let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), true);
     assert!(damage.refused > 20 && damage.named > 1000 && damage.cut == 0, "{damage:?}");
 }
 
-/// If this fails, a crash and a rotten sector together serve wrong data, or lose in silence what
-/// the log says was durable.
+/// If this fails, a crash and a damaged sector together serve wrong data, or silently lose what the
+/// log says was durable.
 #[test]
 fn damage_to_any_sector_of_a_crashed_store_is_never_served() {
     let damage = run_all(number("COREPAGE_STORES").unwrap_or(1), false);
     assert!(damage.refused > 20 && damage.named > 100, "{damage:?}");
 }
 
-/// Cuts the power at an event of a checkpoint; false: it has fewer.
+/// Cuts the power at an event of a checkpoint. Returns false if it has fewer events.
 fn crash_checkpoint(sim: &mut SimRun, event: u64) -> Outcome<bool> {
     sim.disk.cut_power_after(event);
     sim.ask(Request::Checkpoint);
@@ -152,8 +151,8 @@ fn crash_checkpoint(sim: &mut SimRun, event: u64) -> Outcome<bool> {
     Ok(sim.disk.is_off())
 }
 
-/// A store that is crashed in a checkpoint and again in the recovery after it, each at some event,
-/// and of whose superblock one copy is lost then.
+/// Crashes a store in a checkpoint and again in the recovery after it, each at some event, and then
+/// loses one copy of the superblock.
 fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
     let plan =
         |seed| Plan { options: Some(super::small_tests::options()), shards: 1..=1, ..quiet(seed) };
@@ -188,7 +187,7 @@ fn one_copy_lost(checkpoint_event: u64) -> Outcome<u64> {
     }
 }
 
-/// If this fails, there is a time at which the store hangs on one block.
+/// If this fails, there is a time at which the store depends on a single block.
 #[test]
 fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
     let mut all = 0;
@@ -203,9 +202,8 @@ fn any_one_copy_of_the_superblock_may_be_lost_at_any_time() {
     assert!(all > 1000, "{all} stores");
 }
 
-/// A store that was crashed at an event of a checkpoint and opened again, and of which then one of
-/// the writes of roots and table is lost: what was there before may be what the crashed checkpoint
-/// has written.
+/// Crashes a store at an event of a checkpoint, opens it again, and then loses one of the writes of
+/// roots and table: the old block may be one that the crashed checkpoint has written.
 fn one_write_lost(seed: u64, event: u64) -> Outcome<Option<u64>> {
     let mut sim = SimRun::new(Plan {
         options: Some(super::small_tests::options()),
@@ -265,8 +263,7 @@ pub(super) fn all_lost() -> Outcome {
     every_write_lost(1).map(drop)
 }
 
-/// If this fails, a lost write brings back, in silence, what a checkpoint that was never completed
-/// has written.
+/// If this fails, a lost write silently brings back what an incomplete checkpoint has written.
 #[test]
 fn a_lost_write_does_not_bring_back_an_interrupted_checkpoint() {
     let all: u64 = (1..=3)

@@ -1,13 +1,13 @@
-//! Power loss and process death: the images of the disk that can be left behind.
+//! Makes the images of the disk that a power loss or the death of a process can leave behind.
 //!
 //! Invariants
-//! 1. What was durable is kept. Every other sector is kept or dropped as the kind of loss says,
-//!    independently of the order in which it was written; among versions of one sector, the newest
-//!    that is kept wins.
-//! 2. Operations in flight may have got through whole, in part or not at all.
-//! 3. After the death of a process what it had written stays visible and volatile: its successor
-//!    reads it, and may lose it still.
-//! 4. Making an image leaves the disk that crashed as it is, so that many can be made of one crash.
+//! 1. What was durable is kept. Every other sector is kept or dropped according to the kind of
+//!    loss, independently of the order of writes; among versions of one sector, the newest that is
+//!    kept wins.
+//! 2. Operations in flight may have been carried out completely, in part or not at all.
+//! 3. After the death of a process its writes stay visible and volatile: its successor reads them,
+//!    and may still lose them.
+//! 4. Making an image does not change the crashed disk, so that many can be made of one crash.
 
 use super::device::{Landing, State};
 use super::file::{BlockState, SECTOR, SECTORS, SimFile, Version};
@@ -19,12 +19,12 @@ use crate::testing::random::Rng;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// What a crash does to that which is not durable.
+/// What a crash does to data that is not durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Loss {
     /// All of it is lost.
     Everything,
-    /// All is kept, operations in flight too.
+    /// All is kept, including operations in flight.
     Nothing,
     /// Each sector is kept with this chance in a hundred.
     Sectors(u64),
@@ -34,13 +34,13 @@ pub enum Loss {
     Prefixes,
     /// Of each file all is kept or all is lost.
     Files,
-    /// The process dies, the machine goes on: all is kept and stays volatile, operations in flight
-    /// land or not.
+    /// The process dies and the machine keeps running: all is kept and stays volatile, operations
+    /// in flight land or not.
     Process,
 }
 
 impl Loss {
-    /// One of them, with its values.
+    /// A random kind of loss, with its values.
     pub fn random(rng: &mut Rng) -> Self {
         match rng.below(9) {
             0 => Loss::Everything,
@@ -68,7 +68,7 @@ impl Fate {
     }
 
     fn keeps(&self, file: u64, block: u64, version: &Version, sector: usize) -> bool {
-        // A doomed version is in the page cache only, which nobody writes back any more.
+        // A doomed version is only in the page cache, which is not written back any more.
         if version.doomed {
             return false;
         }
@@ -80,8 +80,8 @@ impl Fate {
             }
             Loss::Writes(percent) => self.roll([version.op, 0, 0]) % 100 < percent,
             Loss::Prefixes => {
-                // Mostly short of the end, often whole: the length is not known here, so draw up to
-                // 64 blocks.
+                // Usually a part, often the whole: the length is not known here, so draw up to 64
+                // blocks.
                 let reach =
                     self.roll([version.op, 0, 0]) % (1 << (3 + self.roll([version.op, 1, 0]) % 7));
                 u64::from(version.index) * SECTORS as u64 + (sector as u64) < reach
@@ -95,7 +95,7 @@ impl Fate {
 type BlocksByOp = BTreeMap<u64, (u64, u64)>;
 
 impl SimDisk {
-    /// The disk as it is found after a crash now; the one that crashed stays as it is.
+    /// Makes the disk that is found after a crash at this moment; the crashed one is not changed.
     pub fn crash(&self, loss: Loss, rng: &mut Rng) -> SimDisk {
         let state = self.0.borrow();
         let fate = Fate { loss, salt: rng.draw() };
@@ -104,8 +104,8 @@ impl SimDisk {
         let mut counters = DiskCounters { crashes: 1, ..Default::default() };
         let mut done = state.done;
         for operation in &landing {
-            // Which of several operations in flight got through last is open: they are in random
-            // order already.
+            // Any of several operations in flight may have been carried out last: they are already
+            // in random order.
             done += 1;
             land(&mut files, operation, loss, done, rng, &mut counters, &state);
         }
@@ -124,7 +124,7 @@ impl SimDisk {
     }
 }
 
-/// Lets an operation that was in flight get through, as far as the loss allows.
+/// Carries out an operation that was in flight, as far as the loss allows.
 fn land(
     files: &mut BTreeMap<FileId, SimFile>,
     operation: &Landing,

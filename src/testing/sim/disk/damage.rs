@@ -1,10 +1,10 @@
-//! Damage to what is durable: what bit rot, lost and misdirected writes leave behind.
+//! Damages durable data, as bit rot, lost and misdirected writes do.
 //!
 //! Invariants
-//! 1. Damage is done to settled disks only (nothing volatile, nothing in flight), so that it is
-//!    what is read.
-//! 2. It says whether it changed anything: damage that changes nothing can't be detected and proves
-//!    nothing.
+//! 1. Only settled disks are damaged (nothing volatile, nothing in flight), so that reads see the
+//!    damage.
+//! 2. It returns whether it changed anything: damage that changes nothing can't be detected and
+//!    proves nothing.
 
 use super::SimDisk;
 use super::file::{SECTOR, SECTORS, SimFile};
@@ -23,9 +23,9 @@ pub struct DamageCounters {
     pub named: u64,
     /// Stores that lost commits above every recorded watermark.
     pub cut: u64,
-    /// Stores that had all, and mended a copy of the superblock with a warning.
+    /// Stores that had lost nothing, and repaired a copy of the superblock with a warning.
     pub mended: u64,
-    /// Stores that had all: the damaged bytes were not needed.
+    /// Stores that had lost nothing: the damaged bytes were not needed.
     pub harmless: u64,
 }
 
@@ -46,14 +46,14 @@ impl DamageCounters {
 pub enum Damage {
     /// One bit is flipped.
     Flip {
-        /// Its number, from the first sector on.
+        /// The bit's number, from the first sector on.
         bit: usize,
     },
-    /// They read as zeros.
+    /// The sectors read as zeros.
     Zero,
-    /// The last write got lost: they read as before it.
+    /// The last write was lost: the sectors read as before it.
     Stale,
-    /// They and as many others of the same file are swapped.
+    /// The sectors are swapped with as many others of the same file.
     Swap {
         /// The first of the others.
         with: u64,
@@ -61,8 +61,8 @@ pub enum Damage {
 }
 
 impl SimDisk {
-    /// Damages `count` sectors of a file from `first` on, all of one block; `false` if that left
-    /// them as they were.
+    /// Damages `count` sectors of a file from `first` on, all in one block. Returns `false` if that
+    /// changed nothing.
     ///
     /// # Panics
     /// If there are no such sectors, they are of several blocks, or anything is volatile or in

@@ -1,5 +1,4 @@
-//! What the simulated device does with an operation: checks it, lets it take its time, carries it
-//! out or fails.
+//! The simulated device: it checks an operation, delays it, and carries it out or fails it.
 //!
 //! Invariants
 //! 1. A completion is the only moment at which contents change: a write becomes visible whole, and
@@ -32,7 +31,7 @@ pub(super) struct State {
     pub(super) flying: Vec<Flying>,
     /// Operations in flight when the power was cut; they may have got through partly.
     pub(super) landing: Vec<Landing>,
-    /// Of the operation submitted last.
+    /// The number of the operation submitted last.
     pub(super) number: u64,
     /// Operations completed.
     pub(super) done: u64,
@@ -41,26 +40,25 @@ pub(super) struct State {
     pub(super) power_off_at: Option<u64>,
     pub(super) is_off: bool,
     pub(super) faults: Vec<Fault>,
-    /// Files of which a flush has failed: it is told to all who flush them afterwards, as the seam
-    /// promises.
+    /// Files of which a flush has failed: all later flushes of them fail, as the seam promises.
     pub(super) unflushable: BTreeMap<FileId, i32>,
     pub(super) counters: DiskCounters,
     pub(super) violation: Option<String>,
     pub(super) trace: u64,
     pub(super) zero: Block,
-    /// Blocks that were read, if a test has asked for them.
+    /// Blocks that were read, if a test records them.
     pub(super) read: Option<BTreeSet<(FileId, u64)>>,
 }
 
-/// An operation under way.
+/// An operation in flight.
 pub(super) struct Flying {
     pub(super) id: OpId,
     pub(super) op: DiskOp,
     pub(super) number: u64,
     pub(super) due: Micros,
-    /// Of a flush: `State::done` at its submission.
+    /// For a flush, `State::done` at its submission.
     pub(super) covers: u64,
-    /// Of a write: what was to be written, block by block.
+    /// For a write, its contents, block by block.
     pub(super) blocks: Vec<Block>,
 }
 
@@ -99,7 +97,7 @@ impl State {
         self.event();
     }
 
-    /// The rules of the seam for a submission.
+    /// Checks the seam's rules for a submission.
     fn check(&self, op: &DiskOp) -> Result<(), String> {
         let breach = |why: &str| Err(format!("{op:?}: {why}"));
         let (file, offset, entries, end) = match op {
@@ -145,7 +143,8 @@ impl State {
         if self.rng.one_in(self.latency.stall_one_in) {
             took *= self.rng.within(1, 100);
         }
-        // Nothing is drawn without: such a disk is the same as one that never had slow reads.
+        // Without slow reads nothing is drawn, so that such a disk behaves like one that never had
+        // them.
         let (one_in, times) = self.latency.slow_reads;
         if matches!(op, DiskOp::Read { .. }) && one_in > 0 && self.rng.one_in(one_in) {
             took *= self.rng.within(1, times);
@@ -249,8 +248,7 @@ impl State {
         }
     }
 
-    /// What a failed operation leaves behind: of a write any part, of a flush too, and of an
-    /// allocation.
+    /// Leaves behind any part of a failed write, flush or allocation.
     fn fail(&mut self, flying: &Flying) {
         match &flying.op {
             DiskOp::Read { .. } => {}

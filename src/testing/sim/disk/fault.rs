@@ -1,16 +1,17 @@
-//! Errors by plan: which operation fails, how, and how often; and counters of everything that
+//! Planned errors: which operation fails, how, and how often; and counters of everything that
 //! happened.
 //!
 //! Invariants
-//! 1. A fault that never fires is counted as zero: a test that injects one asserts that it fired.
+//! 1. A fault that never fires counts zero: a test that injects one asserts that it fired.
 //!
-//! It does *not* decide what a failed operation leaves behind; the disk does, by chance.
+//! It does *not* decide what a failed operation leaves behind; the disk does, at random.
 
 use crate::base::error::{Error as StoreError, ErrorKind as StoreErrorKind};
 use crate::io::{DiskOp, FileId};
 use std::io::ErrorKind;
 
-/// Whether an opening that met an error of the device failed for that, and not for another reason.
+/// Checks that an opening that met an error of the device failed for that reason, and not for
+/// another one.
 pub fn is_of_the_device(error: &StoreError) -> Result<(), String> {
     match error.kind() {
         StoreErrorKind::Io | StoreErrorKind::Full | StoreErrorKind::Closed => Ok(()),
@@ -51,7 +52,7 @@ pub struct Fault {
     pub kind: Option<OpKind>,
     /// The files.
     pub area: Area,
-    /// How many such operations go well before.
+    /// How many such operations succeed before.
     pub after: u64,
     /// Whether all later ones fail too.
     pub forever: bool,
@@ -63,7 +64,7 @@ pub struct Fault {
 pub const EIO: i32 = 5;
 /// `ENOSPC`
 pub const ENOSPC: i32 = 28;
-/// No error number of a system: the transfer came to its end too early, and there is no more.
+/// Not a system error number: the transfer ended too early, and no more can be transferred.
 pub const SHORT: i32 = 0;
 /// How operations can fail: `EIO`, `ENODATA` (a medium error of NVMe), `ENOSPC`, `EAGAIN`,
 /// `ECANCELED`, `EOPNOTSUPP`, and too short a transfer.
@@ -96,7 +97,7 @@ pub struct DiskCounters {
     pub flushes: u64,
     /// The same for allocations.
     pub allocations: u64,
-    /// Operations that failed as planned: reads.
+    /// Reads that failed as planned.
     pub faults_read: u64,
     /// The same for writes.
     pub faults_write: u64,
@@ -118,8 +119,8 @@ pub struct DiskCounters {
     pub allocations_in_flight: u64,
     /// Pairs of a read or write with a write of the same block, both in flight.
     pub overlaps: u64,
-    /// Reads and writes of one place at a time: what a slow read was to find is gone, and the place
-    /// in use again.
+    /// Reads of a place that was reused meanwhile: what a slow read should have found was
+    /// overwritten.
     pub reads_overwritten: u64,
 }
 

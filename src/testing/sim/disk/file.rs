@@ -16,7 +16,7 @@ use crate::base::BLOCK;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-/// What a device writes whole or not at all.
+/// The unit that a device writes completely or not at all.
 pub const SECTOR: usize = 512;
 /// Sectors of a block.
 pub const SECTORS: usize = BLOCK / SECTOR;
@@ -29,12 +29,12 @@ pub type Block = Rc<[u8; BLOCK]>;
 pub struct Version {
     /// The operation, by its number.
     pub op: u64,
-    /// Which block of the operation this is; the order of transfer, for writes that got only so
-    /// far.
+    /// Which block of the operation this is, in the order of transfer, for writes that were cut
+    /// short.
     pub index: u32,
     /// When the operation completed; flushes cover what completed before they were submitted.
     pub done: u64,
-    /// A flush that should have made it durable failed.
+    /// Whether a flush that should have made it durable failed.
     pub doomed: bool,
     /// The whole block as it is visible after this write.
     pub bytes: Block,
@@ -43,9 +43,9 @@ pub struct Version {
 /// A block with its history.
 #[derive(Clone)]
 pub struct BlockState {
-    /// After a power loss at least this is there, if no sector of a newer version got through.
+    /// The contents that are there after a power loss, unless sectors of a newer version are.
     pub durable: Block,
-    /// What was durable before: the contents of a write that got lost, for damage tests.
+    /// What was durable before: damage tests use it as the contents after a lost write.
     pub previous: Option<Block>,
     /// Newer versions, oldest first.
     pub volatile: Vec<Version>,
@@ -88,7 +88,7 @@ impl SimFile {
         self.blocks.get(number as usize)
     }
 
-    /// The same, to be changed by damage and crash images.
+    /// The same block, which damage and crash images may change.
     pub fn block_mut(&mut self, number: u64) -> Option<&mut BlockState> {
         self.blocks.get_mut(number as usize)
     }
@@ -113,7 +113,7 @@ impl SimFile {
         });
     }
 
-    /// A flush that fails: what it covered is durable or lost for good, as `lost` says.
+    /// Fails a flush: what it covered is durable or lost for good, as `lost` decides.
     pub fn fail_flush(&mut self, covers: u64, mut lost: impl FnMut() -> bool) {
         for &number in &self.dirty {
             for version in &mut self.blocks[number as usize].volatile {
@@ -135,13 +135,12 @@ impl SimFile {
         }
     }
 
-    /// The numbers of the blocks with volatile versions, which are forgotten: the caller settles
-    /// them.
+    /// Takes the numbers of the blocks with volatile versions: the caller settles these.
     pub fn take_dirty(&mut self) -> BTreeSet<u32> {
         std::mem::take(&mut self.dirty)
     }
 
-    /// Whether nothing is volatile.
+    /// Whether no version is volatile.
     pub fn is_settled(&self) -> bool {
         self.dirty.is_empty()
     }

@@ -1,4 +1,4 @@
-//! The simulated disk: the seam's third driver, on one thread, with a virtual clock and by seed.
+//! The simulated disk: the seam's third driver, on one thread, with a virtual clock and a seed.
 //!
 //! Invariants
 //! 1. The same seed and the same calls give the same completions at the same times, in the same
@@ -40,11 +40,11 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-/// A simulated disk; clones are handles of the same one.
+/// A simulated disk; clones are handles to the same disk.
 #[derive(Clone)]
 pub struct SimDisk(Rc<RefCell<State>>);
 
-/// How long operations take, in microseconds: from and to, evenly.
+/// How long operations take, in microseconds: uniformly distributed between two values.
 #[derive(Clone, Copy, Debug)]
 pub struct Latency {
     /// Reads.
@@ -53,11 +53,11 @@ pub struct Latency {
     pub write: (Micros, Micros),
     /// Flushes.
     pub flush: (Micros, Micros),
-    /// More for each block of a write.
+    /// Additional time for each block of a write.
     pub block: Micros,
     /// One in this many operations takes up to a hundred times as long.
     pub stall_one_in: u64,
-    /// One in `.0` reads takes up to `.1` times as long; 0: none.
+    /// One in `.0` reads takes up to `.1` times as long; 0 for none.
     pub slow_reads: (u64, u64),
 }
 
@@ -139,7 +139,7 @@ impl SimDisk {
         self.0.borrow_mut().submit(id, op, factor);
     }
 
-    /// Forgets the errors planned.
+    /// Forgets the planned errors.
     pub fn clear_faults(&self) {
         self.0.borrow_mut().faults.clear();
     }
@@ -156,7 +156,7 @@ impl SimDisk {
         self.0.borrow().events
     }
 
-    /// Takes a planned power cut back.
+    /// Cancels a planned power cut.
     pub fn keep_power(&self) {
         self.0.borrow_mut().power_off_at = None;
     }
@@ -181,7 +181,7 @@ impl SimDisk {
         self.0.borrow().trace
     }
 
-    /// What a block of a file holds that a read would give.
+    /// The contents of a block of a file, as a read would return them.
     ///
     /// # Panics
     /// If there is no such block.
@@ -189,12 +189,12 @@ impl SimDisk {
         self.0.borrow().files[&file].block(number).expect("the block exists").visible().to_vec()
     }
 
-    /// From now on it is noted which blocks are read.
+    /// Begins to record which blocks are read.
     pub fn note_reads(&self) {
         self.0.borrow_mut().read = Some(BTreeSet::new());
     }
 
-    /// The blocks that were read since that was to be noted.
+    /// The blocks that were read since recording began.
     pub fn take_reads(&self) -> BTreeSet<(FileId, u64)> {
         self.0.borrow_mut().read.take().unwrap_or_default()
     }

@@ -1,5 +1,5 @@
-//! Promises of the simulated disk: if one is broken, the simulator proves less than it says,
-//! silently.
+//! Tests the promises of the simulated disk: if one is broken, the simulator silently proves less
+//! than it claims.
 
 use super::*;
 use crate::io::{IoSlice, execute};
@@ -67,7 +67,7 @@ fn flush_op() -> DiskOp {
     DiskOp::Flush { files: smallvec![FileId::Data] }
 }
 
-/// A simulator that keeps what was not flushed would let a store pass that never flushes.
+/// If the simulator kept what was not flushed, a store that never flushes would pass.
 #[test]
 fn what_was_not_flushed_can_be_lost_and_what_was_flushed_can_not() {
     let mut fixture = DiskFixture::new(1, 4);
@@ -91,8 +91,8 @@ fn what_was_not_flushed_can_be_lost_and_what_was_flushed_can_not() {
     assert_eq!(fixture.read(1), [3; 4096], "the disk that crashed stays as it is");
 }
 
-/// Groups are flushed while the next one is being written: covering that too would hide a lost
-/// acknowledgement.
+/// A group is flushed while the next one is being written: if the flush covered that as well, it
+/// would hide a lost acknowledgement.
 #[test]
 fn a_flush_covers_what_completed_before_it_was_submitted_and_nothing_else() {
     let mut fixture = DiskFixture::new(2, 4);
@@ -118,7 +118,7 @@ fn a_flush_covers_what_completed_before_it_was_submitted_and_nothing_else() {
     assert_eq!((after.read(0)[0], after.read(1)[0]), (1, 0));
 }
 
-/// Torn pages and log blocks are what checksums are for: they must occur.
+/// Checksums guard against torn pages and log blocks, so these must occur.
 #[test]
 fn writes_tear_at_sectors_and_older_versions_can_win() {
     let mut fixture = DiskFixture::new(3, 4);
@@ -138,7 +138,7 @@ fn writes_tear_at_sectors_and_older_versions_can_win() {
     assert!(torn && older && mixed, "torn {torn}, an older write won {older}, all mixed {mixed}");
 }
 
-/// A crash can come between submission and completion, of an allocation too.
+/// A crash can happen between submission and completion, even of an allocation.
 #[test]
 fn operations_in_flight_at_a_crash_get_through_whole_in_part_or_not_at_all() {
     let mut fixture = DiskFixture::new(4, 2);
@@ -213,7 +213,7 @@ fn after_the_power_is_cut_every_operation_fails_and_nothing_changes() {
     assert_eq!(fixture.crashed(Loss::Nothing, 1).read(0), [9; 4096]);
 }
 
-/// The seam's rules are only rules if a breach is noticed.
+/// A breach of the seam's rules must be noticed.
 #[test]
 fn a_transfer_outside_of_what_was_allocated_is_a_violation() {
     let mut fixture = DiskFixture::new(7, 2);
@@ -222,7 +222,7 @@ fn a_transfer_outside_of_what_was_allocated_is_a_violation() {
     assert!(fixture.disk.violation().unwrap().contains("beyond what was allocated"));
 }
 
-/// The damage tests of the store rest on these.
+/// The damage tests of the store rely on these.
 #[test]
 fn damage_changes_the_durable_contents_as_named() {
     let mut fixture = DiskFixture::new(8, 3);
