@@ -152,6 +152,11 @@ impl Blocked {
         steps.into_iter().any(|step| self.is_blocked(step, Lack::Memory))
     }
 
+    /// Whether any step is blocked.
+    pub(super) fn is_any(&self) -> bool {
+        self.steps != [0; LACKS.len()]
+    }
+
     pub(super) fn lacks_memory(&self) -> bool {
         self.steps[Lack::Memory as usize] != 0
     }

@@ -10,12 +10,14 @@ use super::blocked::Blocked;
 use super::event::{Response, Token};
 use super::message::Message;
 use super::state_machine::Effect;
+use super::work::{Work, WorkSet};
 #[cfg(any(test, feature = "sim"))]
 use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::metrics::ShardStats;
 use crate::base::options::Limits;
 use crate::base::{IndexedSlab, Micros, OpIdx, ShardId, ShardMap};
+use crate::engine::log::OpenGroup;
 use crate::engine::order::GlobalOrder;
 use crate::format::superblock::Superblock;
 use crate::io::{DiskOp, OpId};
@@ -60,10 +62,9 @@ pub(super) struct Context {
     pub effects: VecDeque<Effect>,
     /// Messages to this shard itself.
     pub loopback: VecDeque<Message>,
-    /// Something has come, or a step has made work for another one: the steps of a turn are gone
-    /// through again.
-    pub work_pending: bool,
-    /// When they are at the latest, if nothing comes.
+    /// The steps that have work.
+    pub work: WorkSet,
+    /// When the next turn is due at the latest, if nothing arrives before.
     pub due: Option<Micros>,
     /// Why this shard has stopped writing.
     pub failed: Option<Error>,
@@ -101,7 +102,7 @@ impl Context {
             ops: IndexedSlab::default(),
             effects: VecDeque::new(),
             loopback: VecDeque::new(),
-            work_pending: true,
+            work: WorkSet::ALL,
             due: None,
             failed: None,
             failure_cause: None,
@@ -112,11 +113,36 @@ impl Context {
         }
     }
 
+    /// A step has work.
+    pub fn need(&mut self, work: Work) {
+        self.work.add(work);
+    }
+
+    /// Space, log room or memory for map nodes was taken or given back: the steps that keep some
+    /// free look again.
+    pub fn room_changed(&mut self) {
+        self.need(Work::Space);
+        self.need(Work::Checkpoint);
+    }
+
+    /// Somebody waits for what the open group holds, if it holds anything.
+    pub fn press(&mut self, open: &mut OpenGroup) {
+        if !open.is_empty() {
+            open.urgent = true;
+            self.need(Work::Groups);
+        }
+    }
+
+    /// Every step may have work.
+    pub fn need_all(&mut self) {
+        self.work = WorkSet::ALL;
+    }
+
     /// Carries a message to another shard, or keeps it for this one.
     pub fn send(&mut self, to: ShardId, message: Message) {
         if to == self.id {
             self.loopback.push_back(message);
-            self.work_pending = true;
+            self.need(Work::Loopback);
         } else {
             self.stats.messages += 1;
             self.effects.push_back(Effect::Send(to, message));
@@ -134,7 +160,7 @@ impl Context {
     pub fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
             self.checkpoint.wanted = true;
-            self.work_pending = true;
+            self.need_all();
         }
     }
 
@@ -163,7 +189,7 @@ impl Context {
         );
         self.failed = Some(stopped);
         self.failure_cause = Some(error);
-        self.work_pending = true;
+        self.need_all();
     }
 
     /// Answers a request.

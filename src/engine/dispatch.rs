@@ -41,7 +41,6 @@ impl Shard {
             self.ctx.reply(token, Ok(Response::Pages(pages)));
             return;
         }
-        self.ctx.work_pending = true;
         match request {
             Request::Read(keys) => {
                 let pages: SmallVec<[PageIdx; 2]> =

@@ -14,6 +14,7 @@ use super::writeback::PageVersion;
 use super::{OpKind, Shard};
 use crate::base::error::Error;
 use crate::base::{BLOCK, BlockAddr, ImageIdx, Lsn};
+use crate::engine::Work;
 use crate::engine::codec::{self, Sealed};
 use crate::engine::log::{FlushSet, GroupState, InFlight, OpenImage, PartRef};
 use crate::engine::map::Stream;
@@ -60,7 +61,7 @@ impl Shard {
     }
 
     fn close_group(&mut self) {
-        self.writeback.unblock();
+        self.writeback.unblock(&mut self.ctx);
         let body_blocks = self.log.open.body_blocks_with(0, 0);
         let mut open = std::mem::take(&mut self.log.open.images);
         let mut sealed_images = self.take_images(&mut open);
@@ -123,7 +124,7 @@ impl Shard {
         let offset = u64::from(position.block) * BLOCK as u64;
         let file = FileId::Log(self.ctx.id, position.segment);
         self.ctx.submit(OpKind::GroupLog(position.number), DiskOp::Write { file, offset, from });
-        self.ctx.work_pending = true;
+        self.ctx.room_changed();
     }
 
     /// Seals the images that are written; their pages leave the open group.
@@ -248,7 +249,10 @@ impl Shard {
     pub(super) fn group_written(&mut self, number: u64, result: Result<(), Error>) {
         match result {
             Err(error) if !planted!(WriteErrorForgotten) => self.ctx.fail(error),
-            _ => self.log.write_completed(number),
+            _ => {
+                self.log.write_completed(number);
+                self.ctx.need(Work::Groups);
+            }
         }
     }
 
@@ -285,7 +289,7 @@ impl Shard {
         }
         let parts = self.log.flushed(&set.numbers);
         self.watermark.publish(&mut self.ctx, self.log.bound());
-        self.ctx.work_pending = true;
+        self.ctx.need(Work::Groups);
         parts
     }
 }

@@ -33,6 +33,7 @@ mod blocked;
 mod dispatch;
 mod build;
 mod state_machine;
+mod work;
 
 // The way of a write.
 mod txn;
@@ -91,6 +92,7 @@ use space::Space;
 use txn::coordinator::Coordinator;
 use txn::participant::Participant;
 use watermark::WatermarkWaiters;
+use work::Work;
 use writeback::WriteBack;
 
 /// One shard: its components, which [`turn`](Shard::turn) advances. Their order, the lowest first, is

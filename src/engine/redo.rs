@@ -189,7 +189,7 @@ impl Shard {
 
     /// Blocks of a group arrive, from block `at` of it on.
     pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         let DiskOp::Read { into, .. } = completion.op else {
             unreachable!("a read completes as a read")
         };
@@ -303,7 +303,7 @@ impl Shard {
         }
         self.requests.take_ready_redo();
         self.release(waiter);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     fn redo_change(&mut self, idx: PageIdx, change: RedoChange) {

@@ -14,6 +14,7 @@ use super::log::PartRef;
 use super::reservations::Reserved;
 use crate::base::error::Error;
 use crate::base::{BlockAddr, IndexedSlab, Micros, PageIdx, PageKey, RequestIdx, ShardId};
+use crate::engine::Work;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
@@ -227,17 +228,25 @@ impl Requests {
             return;
         }
         pending.assert_state();
-        ctx.work_pending = true;
         match pending.kind {
-            PendingKind::Commit(_) if pending.stays => {}
-            PendingKind::Commit(_) => self.ready.push_back(waiter),
-            PendingKind::Part(_) => self.ready_parts.push_back(waiter),
+            PendingKind::Commit(_) => {
+                if !pending.stays {
+                    self.ready.push_back(waiter);
+                }
+                ctx.need(Work::Commits);
+            }
+            PendingKind::Part(_) => {
+                self.ready_parts.push_back(waiter);
+                ctx.need(Work::Parts);
+            }
             PendingKind::Redo => {
+                ctx.need(Work::Redo);
                 let before = self.ready_redo.replace(waiter);
                 assert!(before.is_none(), "one batch is redone at a time");
             }
             PendingKind::Read(_) | PendingKind::Walk | PendingKind::Move(..) => {
-                self.finished.push_back(waiter)
+                self.finished.push_back(waiter);
+                ctx.need(Work::Finished);
             }
         }
     }

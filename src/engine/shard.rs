@@ -1,6 +1,7 @@
 //! One shard: events in, effects out. It owns its components and says in which order they go on.
 
 use super::blocked::MEMORY_RETRY_US;
+use super::work::{STEPS_COUNT, Work, WorkSet};
 use super::{Effect, Message, OpKind, Shard, space};
 use crate::base::error::Error;
 use crate::base::{Lsn, Micros, OpIdx, ShardId, ShardMap};
@@ -13,42 +14,74 @@ const LAPS_MAX: u32 = 16;
 /// A step of a turn.
 type TurnStep = fn(&mut Shard);
 
-/// The steps of a lap in their order, and why they stand there. Each finds its own work; one that
-/// makes work for a step before it sets `Context::work_pending`, and another lap follows.
-const STEPS: [(TurnStep, &str); 18] = [
+/// The steps of a lap in their order, and why they stand there.
+const STEPS: [(Work, TurnStep, &str); STEPS_COUNT] = [
     (
+        Work::Loopback,
         Shard::deliver_to_self,
         "messages to itself are what other shards' messages are, and come before requests",
     ),
-    (Shard::finish_ready, "reads need nothing from the steps below, and give back what they hold"),
     (
+        Work::Finished,
+        Shard::finish_ready,
+        "reads need nothing from the steps below, and give back what they hold",
+    ),
+    (
+        Work::Parts,
         Shard::run_parts,
         "votes before commits: a part that was promised room must not find it taken by the same \
          lap",
     ),
-    (Shard::run_commits, "allocates LSNs and fills the open group"),
+    (Work::Commits, Shard::run_commits, "allocates LSNs and fills the open group"),
     (
+        Work::Redo,
         Shard::run_redo,
         "before write-back: without room it presses for pages to be written, and that would be due \
          again and again",
     ),
-    (Shard::retry_coordinated, "asks again, also those that the commits above were in the way of"),
-    (Shard::decide, "after the commits, so that one group takes both"),
-    (Shard::advance_groups, "closes the group with all that was allocated above"),
     (
+        Work::Retries,
+        Shard::retry_coordinated,
+        "asks again, also those that the commits above were in the way of",
+    ),
+    (Work::Decisions, Shard::decide, "after the commits, so that one group takes both"),
+    (Work::Groups, Shard::advance_groups, "closes the group with all that was allocated above"),
+    (
+        Work::WriteBack,
         Shard::write_back,
         "after the groups: a page that went to its place with one is dirty no more",
     ),
-    (Shard::advance_leader, "the leader's step makes messages for the checkpoint below"),
-    (Shard::advance_checkpoint, "sees the pages and groups of this lap"),
-    (Shard::advance_redo, "while a store opens: reads the log, for the next lap"),
-    (Shard::advance_space, "knows what the steps above want"),
-    (Shard::advance_compaction, "chooses extents with what is free now"),
-    (Shard::advance_moves, "what compaction asks for, here and elsewhere"),
-    (Shard::write_summaries, "of extents that the steps above have filled"),
-    (Shard::submit_reads, "last of what takes memory: writes give it back, reads only take it"),
-    (Shard::advance_close, "nothing is under way any more, or it is not the time to close"),
+    (
+        Work::Leader,
+        Shard::advance_leader,
+        "the leader's step makes messages for the checkpoint below",
+    ),
+    (Work::Checkpoint, Shard::advance_checkpoint, "sees the pages and groups of this lap"),
+    (Work::RedoReads, Shard::advance_redo, "while a store opens: reads the log, for the next lap"),
+    (Work::Space, Shard::advance_space, "knows what the steps above want"),
+    (Work::Compaction, Shard::advance_compaction, "chooses extents with what is free now"),
+    (Work::Moves, Shard::advance_moves, "what compaction asks for, here and elsewhere"),
+    (Work::Summaries, Shard::write_summaries, "of extents that the steps above have filled"),
+    (
+        Work::Reads,
+        Shard::submit_reads,
+        "last of what takes memory: writes give it back, reads only take it",
+    ),
+    (
+        Work::Close,
+        Shard::advance_close,
+        "nothing is under way any more, or it is not the time to close",
+    ),
 ];
+
+/// A lap takes each bit by its row: the rows stand in the order of the bits.
+const _: () = {
+    let mut row = 0;
+    while row < STEPS_COUNT {
+        assert!(STEPS[row].0 as usize == row);
+        row += 1;
+    }
+};
 
 impl Shard {
     /// Advances everything as far as it goes without a completion; afterwards drain
@@ -57,22 +90,23 @@ impl Shard {
     pub fn turn(&mut self, now: Micros) {
         self.ctx.now = self.ctx.now.max(now);
         self.note_watermark();
-        if !self.ctx.work_pending && self.ctx.due.is_none_or(|due| self.ctx.now < due) {
+        if self.ctx.due.is_some_and(|due| self.ctx.now >= due) {
+            self.ctx.need_all();
+        }
+        if self.ctx.work.is_empty() {
             return;
         }
         self.publish_behind_nodes();
         for _ in 0..LAPS_MAX {
-            self.ctx.work_pending = false;
-            self.ctx.blocked.begin_lap();
-            for (step, _) in STEPS {
-                step(self);
-            }
+            self.run_lap();
             self.tell_failure();
             self.note_watermark();
-            if !self.ctx.work_pending {
+            if self.ctx.work.is_empty() {
                 break;
             }
         }
+        #[cfg(any(test, feature = "sim"))]
+        self.assert_no_work_is_left();
         self.relieve_memory();
         // Whoever drives the shard asks for the failure right after the turn.
         self.tell_failure();
@@ -80,11 +114,67 @@ impl Shard {
         self.ctx.due = self.next_due();
     }
 
+    /// Runs the steps that have work, or all of them while one may unblock any other.
+    fn run_lap(&mut self) {
+        let was_unsettled = self.is_unsettled();
+        if was_unsettled {
+            self.ctx.work = WorkSet::ALL;
+        }
+        self.ctx.blocked.begin_lap();
+        for (work, step, _) in STEPS {
+            if self.ctx.work.take(work) {
+                step(self);
+            }
+        }
+        if !was_unsettled && self.is_unsettled() {
+            self.ctx.need_all();
+        }
+    }
+
+    /// Whether any event may give any step work: while the shard opens, closes or has failed,
+    /// during a checkpoint, and as long as a step is blocked.
+    fn is_unsettled(&self) -> bool {
+        self.life.opening
+            || self.life.closing.is_some()
+            || self.ctx.failed.is_some()
+            || self.ctx.checkpoint.is_wanted_or_active()
+            || self.ctx.blocked.is_any()
+            || self.space.stalled
+    }
+
+    /// Something was delivered that may unblock any step.
+    fn note_event(&mut self) {
+        if self.is_unsettled() {
+            self.ctx.need_all();
+        }
+    }
+
+    /// Panics if a step has work and its bit is not set: nothing would make the shard do it.
+    #[cfg(any(test, feature = "sim"))]
+    fn assert_no_work_is_left(&mut self) {
+        if !self.ctx.work.is_empty() || self.is_unsettled() {
+            return;
+        }
+        let effects = self.ctx.effects.len();
+        for (work, step, _) in STEPS {
+            // Space that was refused is asked for again when a turn comes along.
+            if work == Work::Space && self.space.failed.is_some() {
+                continue;
+            }
+            step(self);
+            assert!(
+                self.ctx.work.is_empty() && self.ctx.effects.len() == effects,
+                "{work:?} has work, and nothing has said so: {:?}",
+                self.ctx.effects.back()
+            );
+        }
+    }
+
     /// The watermark may have advanced, by this shard or another.
     fn note_watermark(&mut self) {
         if self.watermark.has_advanced(&mut self.ctx) {
             self.publish_durable();
-            self.ctx.work_pending = true;
+            self.note_event();
         }
     }
 
@@ -102,12 +192,12 @@ impl Shard {
     /// When `turn` should be called at the latest if nothing arrives; `None`: not before something
     /// does.
     pub fn deadline(&self) -> Option<Micros> {
-        if self.ctx.work_pending { Some(self.ctx.now) } else { self.ctx.due }
+        if self.ctx.work.is_empty() { self.ctx.due } else { Some(self.ctx.now) }
     }
 
     /// The same, worked out anew.
     pub(super) fn next_due(&self) -> Option<Micros> {
-        if self.ctx.work_pending {
+        if !self.ctx.work.is_empty() {
             return Some(self.ctx.now);
         }
         let window = self.ctx.limits.coalesce_window_us;
@@ -138,7 +228,7 @@ impl Shard {
 
     /// Brings the end of an operation.
     pub fn complete(&mut self, completion: Completion) {
-        self.ctx.work_pending = true;
+        self.note_event();
         let kind = self.ctx.ops.remove(OpIdx::new(completion.id.0 as usize));
         match kind {
             OpKind::PageRead(reads) => self.pages_read(reads, completion),
@@ -160,6 +250,7 @@ impl Shard {
                 let writes = self.space.summaries_under_way;
                 assert!(writes > 0, "the summary of {extent:?} is written, of {writes} writes");
                 self.space.summaries_under_way -= 1;
+                self.ctx.need(Work::Checkpoint);
                 match completion.result {
                     Ok(()) => self.space.extents.summary_written(extent),
                     Err(error) => self.ctx.fail(error),
@@ -181,7 +272,7 @@ impl Shard {
 
     /// A message from another shard.
     pub fn message(&mut self, from: ShardId, message: Message) {
-        self.ctx.work_pending = true;
+        self.note_event();
         match message {
             Message::Prepare(txn, ask) => self.prepare(from, txn, *ask),
             Message::Vote(txn, vote) => self.voted(from, txn, vote),
@@ -270,6 +361,6 @@ impl Shard {
         self.fail_coordinated(&cause, &stopped);
         self.drop_parts();
         self.fail_checkpoint(&stopped);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 }

@@ -108,7 +108,7 @@ impl Shard {
                 // The next one may be refused at once: it has waited as long.
                 self.ctx.blocked.judged_at = 0;
             }
-            self.ctx.work_pending = true;
+            self.ctx.need_all();
         }
     }
 

@@ -12,6 +12,7 @@ use super::log::Log;
 use super::message::Message;
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, ShardId, ShardMap};
+use crate::engine::Work;
 use crate::engine::order::GlobalOrder;
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, BinaryHeap};
@@ -78,8 +79,8 @@ impl WatermarkWaiters {
             return;
         }
         log.open.urgent = true;
+        ctx.need(Work::Groups);
         self.want(lsn);
-        ctx.work_pending = true;
         self.replies_seq += 1;
         self.replies.push(Waiting { lsn, seq: self.replies_seq, token, response, outcome });
     }
@@ -172,7 +173,10 @@ impl WatermarkWaiters {
         self.flush_requested_upto = self.flush_requested_upto.max(upto);
         let holds_back =
             log.open.first_lsn().is_some_and(|lsn| lsn <= upto) || !log.open.parts.is_empty();
-        log.open.urgent |= holds_back;
+        if holds_back {
+            log.open.urgent = true;
+            ctx.need(Work::Groups);
+        }
         self.pass_flush_request_on(ctx, upto);
     }
 }

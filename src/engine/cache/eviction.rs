@@ -158,6 +158,7 @@ impl Shard {
             && page.image.is_none();
         if clean && let Some(leaf) = page.leaf.take() {
             self.map.unpin(leaf);
+            self.ctx.room_changed();
         }
         self.reference_ended(idx);
     }

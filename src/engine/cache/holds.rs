@@ -7,6 +7,7 @@
 //! 2. A page that is held stays in the table; one that is held with its bytes stays in memory.
 
 use crate::base::{Lsn, PageIdx, PageKey, RequestIdx};
+use crate::engine::Work;
 use crate::engine::budget::request_weight;
 use crate::engine::cache::table::Needs;
 use crate::engine::requests::{Pending, PendingKind};
@@ -79,6 +80,7 @@ impl Shard {
             let moves = self.reservations.moves;
             assert!(moves > 0, "a move from {from:?} of {owner:?} ends, of {moves}");
             self.reservations.moves -= 1;
+            self.ctx.need(Work::Moves);
         }
         for (i, idx) in pending.pages.iter().enumerate() {
             let page = &mut self.cache.table.pages[*idx];

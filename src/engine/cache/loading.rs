@@ -16,6 +16,7 @@
 
 use crate::base::error::Error;
 use crate::base::{BlockAddr, NodeMoveIdx, PageIdx, RequestIdx};
+use crate::engine::Work;
 use crate::engine::codec;
 use crate::engine::op_kind::{NodeWanted, PageRead};
 use crate::engine::writeback::plan;
@@ -101,6 +102,7 @@ impl Shard {
             waiters.asked = asked;
             let before = self.cache.wanted.nodes.insert(asked, wanted);
             assert!(before.is_none(), "whoever asks asks for one node at a time");
+            self.ctx.need(Work::Reads);
         }
     }
 
@@ -413,7 +415,7 @@ impl Shard {
                 }
                 NodeWaiter::Move(no, _) => {
                     self.cache.moves_ended.push((no, result.clone().err()));
-                    self.ctx.work_pending = true;
+                    self.ctx.need(Work::Moves);
                 }
             }
         }

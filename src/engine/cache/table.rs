@@ -17,6 +17,7 @@
 
 use crate::base::error::Error;
 use crate::base::{ImageIdx, IndexedSlab, Lsn, NodeIdx, PageIdx, PageKey, RequestIdx, VolumeId};
+use crate::engine::Work;
 use crate::engine::cache::page_lock::PageLock;
 use crate::engine::map::Lookup;
 use crate::engine::{NodeWaiter, PageRef, Shard};
@@ -393,6 +394,7 @@ impl Shard {
         if page.resolved && !page.absent && page.frame.is_none() && !page.loading && wants_data {
             page.loading = true;
             self.cache.wanted.pages.push(idx);
+            self.ctx.need(Work::Reads);
         }
         self.wake_waiters(idx);
     }

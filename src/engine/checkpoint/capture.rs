@@ -54,7 +54,7 @@ impl Shard {
             self.write_roots();
             return;
         }
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         self.enter_phase(Phase::Capture { next: next + 1 });
         let mut retired = Vec::new();
         let (extents, summaries) = (&mut self.space.extents, &mut self.space.summaries);
@@ -123,7 +123,7 @@ impl Shard {
                 self.ctx.send(shard, Message::Captured(Box::new(handover)));
             }
         }
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// Another shard has captured its trees.
@@ -133,7 +133,7 @@ impl Shard {
         assert!(handovers < shards, "{handovers} other shards have handed over, of {shards}");
         self.checkpoint.assert_state();
         self.space.extents.take_over(handover.named, handover.retired, handover.pending_free);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     pub(super) fn list_summaries(&mut self) {
@@ -147,7 +147,7 @@ impl Shard {
         self.space.summaries.sort();
         self.space.summaries.dedup();
         self.enter_phase(Phase::Summaries);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// Writes the roots captured so far: nothing names their places before the superblock does.

@@ -158,7 +158,7 @@ impl Shard {
     pub(in crate::engine) fn checkpoint_wanted(&mut self) {
         assert!(self.leads(), "a checkpoint is asked of {:?}, which does not lead", self.ctx.id);
         self.checkpoint.leader.wanted = true;
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// A shard has redone its part of the log.
@@ -166,7 +166,7 @@ impl Shard {
         self.checkpoint.leader.redone += 1;
         let (redone, all) = (self.checkpoint.leader.redone, self.ctx.shard_map.shards_count());
         assert!(redone <= all, "{redone} of {all} shards have redone their logs");
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// A shard has no request under way any more.
@@ -174,7 +174,7 @@ impl Shard {
         self.checkpoint.leader.quiet += 1;
         let (quiet, all) = (self.checkpoint.leader.quiet, self.ctx.shard_map.shards_count());
         assert!(quiet <= all, "{quiet} of {all} shards are quiet");
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     pub(in crate::engine) fn advance_leader(&mut self) {
@@ -208,7 +208,7 @@ impl Shard {
         self.checkpoint.leader.begin = Some(begin);
         self.checkpoint.leader.enter(Phase::Beginning);
         self.tell_all(|| Message::Begin(begin));
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// To every shard, this one too.
@@ -272,7 +272,7 @@ impl Shard {
                 (self.checkpoint.leader.contributions.len(), self.ctx.shard_map.shards_count());
             assert!(count == usize::from(all), "{count} of {all} shards are ready");
             self.checkpoint.leader.enter(Phase::Table);
-            self.ctx.work_pending = true;
+            self.ctx.need_all();
         }
     }
 
@@ -432,12 +432,13 @@ impl Shard {
         }
         self.checkpoint.leader.enter(Phase::Idle);
         self.tell_all(|| Message::Done(Box::new(next.clone())));
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// A caller closes the store.
     pub(in crate::engine) fn request_close(&mut self, token: Token) {
         self.life.closing = Some(Closing::Caller(token));
+        self.ctx.need_all();
         for shard in self.ctx.shard_map.others(self.ctx.id) {
             self.ctx.send(shard, Message::Quiesce);
         }
@@ -446,7 +447,7 @@ impl Shard {
     /// The leader closes the store.
     pub(in crate::engine) fn quiesce(&mut self) {
         self.life.closing = Some(Closing::Leader);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// Says that no request is under way any more, or, in a store that has stopped, ends.

@@ -30,7 +30,7 @@ impl Shard {
 
     /// The file of a segment is there, or can't be made.
     pub(in crate::engine) fn segment_made(&mut self, result: Result<(), Error>) {
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         match result {
             Ok(()) => {
                 let more = self.ctx.failed.is_none() && self.life.closing.is_none();

@@ -210,7 +210,7 @@ impl Shard {
             }
             Phase::Pages if self.writeback.awaited_versions() == 0 => {
                 self.enter_phase(Phase::Capture { next: 0 });
-                self.ctx.work_pending = true;
+                self.ctx.need_all();
             }
             Phase::Capture { next } => self.capture_vshard(next),
             Phase::Handover
@@ -245,7 +245,7 @@ impl Shard {
         (c.asked, c.begin) = (false, Some(begin));
         c.waiters = std::mem::take(&mut c.next_waiters);
         self.enter_phase(Phase::Told);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     fn begin_when_ready(&mut self) {
@@ -275,7 +275,7 @@ impl Shard {
         }
         self.enter_phase(Phase::Begun);
         self.ctx.send(ShardId::LEADER, Message::Began);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// Every shard has begun: this is what the roots must reflect.
@@ -289,7 +289,7 @@ impl Shard {
         );
         self.checkpoint.redo = redo;
         self.enter_phase(Phase::Watermark);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// All that the roots must reflect is applied: which pages are not in the map yet?
@@ -308,7 +308,7 @@ impl Shard {
             }
         }
         self.writeback.await_versions(awaited);
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     pub(in crate::engine) fn checkpoint_op(&mut self, op: DiskOp) {
@@ -328,7 +328,7 @@ impl Shard {
         if self.ctx.failed.is_some() || self.checkpoint.ops > 0 {
             return;
         }
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         self.checkpoint.assert_state();
         if self.checkpoint.phase == Phase::Waiting {
             self.leader_step_done(completion.op);
@@ -398,7 +398,7 @@ impl Shard {
         } else if !self.checkpoint.next_waiters.is_empty() {
             self.ctx.checkpoint.wanted = true;
         }
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
     }
 
     /// Panics if the superblock names other roots than this shard has written, or says that they

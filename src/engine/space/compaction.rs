@@ -25,6 +25,7 @@ use crate::base::error::{Error, ErrorKind};
 use crate::base::{
     BLOCK, BlockAddr, ExtentNo, IndexedSlab, NodeMoveIdx, PageIdx, RequestIdx, ShardId,
 };
+use crate::engine::Work;
 use crate::engine::cache::table::Needs;
 use crate::engine::map::Lookup;
 use crate::engine::message::Message;
@@ -218,7 +219,7 @@ impl Shard {
     }
 
     pub(in crate::engine) fn summary_read(&mut self, extent: ExtentNo, completion: Completion) {
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         let DiskOp::Read { into, .. } = completion.op else {
             unreachable!("a read completes as a read")
         };
@@ -302,7 +303,7 @@ impl Shard {
             if done {
                 self.space.compaction.compactor.under_way.remove(i);
                 self.ctx.stats.extents_compacted += 1;
-                self.ctx.work_pending = true;
+                self.ctx.room_changed();
             } else {
                 i += 1;
             }
@@ -317,6 +318,8 @@ impl Shard {
         place: BlockAddr,
         error: Option<Error>,
     ) {
+        self.ctx.need(Work::Compaction);
+        self.ctx.room_changed();
         let mut what = None;
         if let Some(c) = self.space.compaction.compactor.of(place.extent) {
             c.asked -= 1;
@@ -354,6 +357,7 @@ impl Shard {
         place: BlockAddr,
     ) {
         self.space.compaction.asked.asked.push_back(Asked { owner, what, place, age: 0 });
+        self.ctx.need(Work::Moves);
     }
 
     /// Moves what was asked for.
@@ -411,6 +415,7 @@ impl Shard {
             Ok(child) => {
                 if child.is_some_and(|child| child.place() == place) {
                     self.map.touch(key);
+                    self.ctx.room_changed();
                 }
                 return self.ctx.send(owner, Message::Moved(place, None));
             }
@@ -426,7 +431,6 @@ impl Shard {
 
     /// A node that was wanted for a move is there, or will not come.
     fn node_move_read(&mut self, no: NodeMoveIdx, error: Option<Error>) {
-        self.ctx.work_pending = true;
         self.reservations.moves -= 1;
         let asked = self.space.compaction.asked.reading.remove(no);
         match error {
@@ -463,10 +467,10 @@ impl Shard {
             }
             self.cache.table.pages[idx].versions += 1;
             self.space.compaction.moves.push(idx);
+            self.ctx.need(Work::WriteBack);
         }
         self.release(waiter);
         self.ctx.send(owner, Message::Moved(from, failed));
-        self.ctx.work_pending = true;
     }
 
     /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns

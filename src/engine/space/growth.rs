@@ -102,7 +102,7 @@ impl Shard {
             growth.to,
             self.space.growth_under_way
         );
-        self.ctx.work_pending = true;
+        self.ctx.need_all();
         match result {
             Ok(()) if !growth.table_done => return self.grow_data(growth),
             Ok(()) => {
@@ -161,6 +161,7 @@ impl Shard {
         self.space.growing = false;
         self.space.granted |= got;
         self.space.failed = (!got).then_some((self.ctx.now, urgency));
+        self.ctx.need_all();
     }
 
     /// Another shard has no space left: half of what this one does not need.
@@ -180,6 +181,7 @@ impl Shard {
             self.space.extents.give_away(spare as usize)
         };
         self.ctx.send(to, Message::Granted(given));
+        self.ctx.room_changed();
     }
 
     /// The shard that owned the extent when the store was opened; it still does, unless it is owned

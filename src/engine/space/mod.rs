@@ -22,6 +22,7 @@ mod growth;
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, BlockAddr, ExtentNo, Micros, ShardId};
 use crate::engine::OpKind;
+use crate::engine::Work;
 use crate::engine::map::{Extents, Stream};
 use crate::engine::message::Urgency;
 use crate::engine::reservations::Need;
@@ -130,7 +131,11 @@ impl Shard {
     ) -> Option<BlockAddr> {
         assert_eq!(blocks, 1, "in format 3 a place is one block");
         let (place, full) = self.space.extents.alloc(stream, what)?;
-        self.space.summaries.extend(full);
+        self.ctx.room_changed();
+        if let Some(full) = full {
+            self.space.summaries.push(full);
+            self.ctx.need(Work::Summaries);
+        }
         Some(place)
     }
 

@@ -10,6 +10,7 @@
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx};
+use crate::engine::Work;
 use crate::engine::map::Lookup;
 use crate::engine::order::LSN_AHEAD_MAX;
 use crate::engine::reservations::Reserved;
@@ -54,7 +55,7 @@ impl Shard {
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
         let blocks = body + self.inline_blocks(self.log.open.images.len() + need.images);
         if self.lsns_are_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
-            self.log.open.urgent |= !self.log.open.is_empty();
+            self.ctx.press(&mut self.log.open);
             self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
@@ -96,6 +97,7 @@ impl Shard {
             Ok(true) => {}
             Ok(false) => {
                 self.space.wanted_until = self.ctx.now + SPACE_WANTED_US;
+                self.ctx.room_changed();
                 return Admission::Stalled;
             }
             Err(error) => return Admission::No(error),
@@ -147,7 +149,7 @@ impl Shard {
         {
             return true;
         }
-        self.log.open.urgent |= !self.log.open.is_empty();
+        self.ctx.press(&mut self.log.open);
         if self.log.free_segments() == 0 {
             self.ctx.need_checkpoint();
         }
@@ -171,8 +173,8 @@ impl Shard {
 
     /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
     fn start_reclaim(&mut self) {
-        self.log.open.urgent |= !self.log.open.is_empty();
-        self.writeback.hurry();
+        self.ctx.press(&mut self.log.open);
+        self.writeback.hurry(&mut self.ctx);
         if self.map.dirty_count() as u32 > self.ctx.limits.memory_blocks / 32 {
             self.ctx.need_checkpoint();
         }
@@ -228,10 +230,12 @@ impl Shard {
                 Lookup::Found(_) => {
                     if !self.nodes_are_counted(key, frames) {
                         self.unpin_leaves(&changed);
-                        self.ctx.work_pending = true;
+                        self.ctx.need(Work::Commits);
+                        self.ctx.need(Work::Parts);
                         return Admission::Stalled;
                     }
                     let leaf = self.map.pin(key, &mut self.ctx.arena);
+                    self.ctx.room_changed();
                     self.cache.table.pages[idx].leaf = Some(leaf);
                 }
                 Lookup::Load(node, child) => {
@@ -271,6 +275,7 @@ impl Shard {
         let found = self.ensure_frames(self.map.missing_nodes(key) + FRAMES_RESERVE, step);
         if found {
             let leaf = self.map.pin(key, &mut self.ctx.arena);
+            self.ctx.room_changed();
             self.cache.table.pages[idx].leaf = Some(leaf);
         }
         deepest.into_iter().for_each(|node| self.map.unpin(node));
@@ -296,6 +301,7 @@ impl Shard {
         for idx in pages {
             if let Some(leaf) = self.cache.table.pages[*idx].leaf.take() {
                 self.map.unpin(leaf);
+                self.ctx.room_changed();
             }
         }
     }

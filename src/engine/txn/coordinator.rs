@@ -17,6 +17,7 @@
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
+use crate::engine::Work;
 use crate::engine::budget::coordinated_bytes;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::txn::precedence;
@@ -250,11 +251,11 @@ impl Shard {
         if cross.votes_left > 0 {
             return;
         }
-        self.ctx.work_pending = true;
         if cross.yes.len() == cross.prepares.len() {
             cross.state = State::Decidable;
             cross.assert_state();
             self.coordinator.decidable.push_back(txn);
+            self.ctx.need(Work::Decisions);
             return;
         }
         self.abort_participants(txn);
@@ -298,6 +299,7 @@ impl Shard {
                 cross.state = State::Waiting { until };
                 cross.assert_state();
                 self.coordinator.waiting.push(txn);
+                self.ctx.need(Work::Retries);
                 self.ctx.stats.cross_retries += 1;
             }
         }
@@ -338,6 +340,7 @@ impl Shard {
         if self.lsns_are_far_ahead(Step::Decide) || self.log.open.runs_full() {
             // Before the allocation of its LSN there is time: the open group goes first.
             self.log.open.urgent = true;
+            self.ctx.need(Work::Groups);
             self.ctx.blocked.register(Step::Decide, Lack::LogRoom);
             return;
         }
@@ -351,7 +354,8 @@ impl Shard {
         for (i, txn) in std::mem::take(&mut self.coordinator.decidable).into_iter().enumerate() {
             self.decide_commit(txn, first.plus(i as u64));
         }
-        self.ctx.work_pending = true;
+        self.ctx.need(Work::Groups);
+        self.ctx.room_changed();
     }
 
     /// Commits without changes need no LSN: all that they read was current while all of it was
@@ -364,7 +368,6 @@ impl Shard {
                     self.abort_participants(txn);
                     self.remove_coordinated(txn);
                     self.reply_committed(token, read, read, Outcome::Known);
-                    self.ctx.work_pending = true;
                 }
                 _ => self.coordinator.decidable.push_back(txn),
             }

@@ -12,6 +12,7 @@
 
 use crate::base::error::{Error, Result};
 use crate::base::{BLOCK, ImageIdx, Lsn, PageIdx, PageKey, RequestIdx};
+use crate::engine::Work;
 use crate::engine::log::{OpenChange, OpenImage};
 use crate::engine::requests::PendingKind;
 use crate::engine::reservations::Need;
@@ -124,7 +125,8 @@ impl Shard {
             });
             self.finish_commit(*waiter, result, read_lsn);
         }
-        self.ctx.work_pending = true;
+        self.ctx.need(Work::Groups);
+        self.ctx.room_changed();
     }
 
     /// The newest change of any page that the commit read, a `Free` included: its reply waits until
@@ -335,7 +337,7 @@ impl Shard {
         }
         if !page.queued {
             page.queued = true;
-            self.writeback.enqueue(idx, self.ctx.now);
+            self.writeback.enqueue(idx, &mut self.ctx);
         }
         self.cache.table.pages[idx].assert_state();
         self.wake_waiters(idx);

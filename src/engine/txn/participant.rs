@@ -15,6 +15,7 @@
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, RequestIdx, ShardId, ShardSet};
+use crate::engine::Work;
 use crate::engine::log::PartRef;
 use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::requests::{Part, PendingKind};
@@ -138,6 +139,7 @@ impl Shard {
         }
         let reserved = self.reservation(&need);
         self.reservations.parts = self.reservations.parts.plus(reserved);
+        self.ctx.room_changed();
         if let PendingKind::Part(part) = &mut self.requests.pending[waiter].kind {
             part.reserved = Some(reserved);
         }
@@ -166,7 +168,6 @@ impl Shard {
                 self.end_part(waiter);
             }
         }
-        self.ctx.work_pending = true;
     }
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose
@@ -194,6 +195,8 @@ impl Shard {
         self.log.open.end_span();
         self.log.open.parts.push(of);
         self.log.open.urgent |= urgent || self.watermark.is_requested(lsn);
+        self.ctx.need(Work::Groups);
+        self.ctx.room_changed();
     }
 
     fn unreserve(&mut self, waiter: RequestIdx) {
@@ -201,6 +204,7 @@ impl Shard {
             && let Some(reserved) = part.reserved.take()
         {
             self.reservations.parts = self.reservations.parts.minus(reserved);
+            self.ctx.room_changed();
         }
     }
 

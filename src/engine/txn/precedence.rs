@@ -22,6 +22,7 @@
 //! It does not order commits of one shard: they stay first in, first out.
 
 use crate::base::{Micros, RequestIdx, ShardId};
+use crate::engine::Work;
 use crate::engine::log::PartRef;
 use crate::engine::message::Vote;
 use crate::engine::requests::PendingKind;
@@ -95,7 +96,7 @@ impl Shard {
                 if self.participant.in_front.as_ref().is_some_and(|front| front.age == age) =>
             {
                 self.participant.in_front = None;
-                self.ctx.work_pending = true;
+                self.ctx.need(Work::Commits);
             }
             Vote::Yes(_) | Vote::No(_) => {}
         }

@@ -17,7 +17,9 @@ mod publish;
 
 use crate::base::error::Error;
 use crate::base::{BlockAddr, IndexedSlab, Lsn, Micros, PageIdx, PageVersionIdx};
+use crate::engine::Work;
 use crate::engine::codec::{self, Sealed};
+use crate::engine::context::Context;
 use crate::engine::map::Stream;
 use crate::engine::{Lack, OpKind, Shard, Step};
 use crate::format::extent::ItemKind;
@@ -70,22 +72,28 @@ const PAGE_WRITES_MAX: usize = 1024;
 const SPACE_RETRY_US: Micros = 100_000;
 
 impl WriteBack {
-    /// A page has changed: it goes to its place in time. `now` begins the window if it is the first.
-    pub fn enqueue(&mut self, page: PageIdx, now: Micros) {
+    /// A page has changed: it goes to its place in time. The window begins with the first.
+    pub fn enqueue(&mut self, page: PageIdx, ctx: &mut Context) {
         if self.dirty.is_empty() {
-            self.dirty_since = now;
+            self.dirty_since = ctx.now;
         }
         self.dirty.push(page);
+        if self.dirty.len() >= ctx.limits.coalesce_batch_pages {
+            ctx.need(Work::WriteBack);
+        }
     }
 
     /// Dirty pages are written as soon as they may be, and not when their window is over.
-    pub fn hurry(&mut self) {
+    pub fn hurry(&mut self, ctx: &mut Context) {
         self.dirty_since = 0;
+        ctx.need(Work::WriteBack);
     }
 
     /// Something has happened that dirty pages may have waited for.
-    pub fn unblock(&mut self) {
-        self.stuck_until = None;
+    pub fn unblock(&mut self, ctx: &mut Context) {
+        if self.stuck_until.take().is_some() {
+            ctx.need(Work::WriteBack);
+        }
     }
 
     /// The LSN that dirty pages wait for, if nothing else would let them be written.
@@ -285,6 +293,7 @@ impl Shard {
         );
         page.dirty_from = None;
         self.reservations.dirty_blocks -= 1;
+        self.ctx.room_changed();
         if page.absent {
             let freed = self.space.freed_pages;
             assert!(freed > 0, "{:?} is freed, and one of {freed} dirty pages", page.key);
@@ -394,6 +403,7 @@ impl Shard {
         let (written, writes) = (versions.len(), self.writeback.page_writes);
         assert!(written <= writes, "writes of {written} pages end, of {writes} under way");
         self.writeback.page_writes -= written;
+        self.ctx.need(Work::WriteBack);
         match result {
             Ok(()) => self.versions_written(versions),
             Err(error) => self.ctx.fail(error),

@@ -26,12 +26,12 @@ impl Shard {
     }
 
     pub(super) fn version_written(&mut self, version: PageVersionIdx) {
-        self.writeback.stuck_until = None;
+        self.writeback.unblock(&mut self.ctx);
         let lsn = self.writeback.versions[version].lsn;
         if lsn <= self.ctx.order.watermark() || planted!(MappedTooSoon) {
             self.publish_or_wait(version);
         } else {
-            self.log.open.urgent |= !self.log.open.is_empty();
+            self.ctx.press(&mut self.log.open);
             self.watermark.want(lsn);
             self.writeback.awaiting_watermark.push(AwaitingWatermark(Reverse((lsn, version))));
         }
@@ -39,7 +39,7 @@ impl Shard {
 
     /// The watermark has advanced: what is written and durable goes into the map.
     pub(in crate::engine) fn publish_durable(&mut self) {
-        self.writeback.stuck_until = None;
+        self.writeback.unblock(&mut self.ctx);
         let watermark = self.ctx.order.watermark();
         while self.writeback.awaiting_watermark.peek().is_some_and(|u| u.lsn() <= watermark) {
             if let Some(AwaitingWatermark(Reverse((_, version)))) =
@@ -124,7 +124,8 @@ impl Shard {
         self.cache.table.pages[idx].assert_state();
         self.page_published(idx);
         self.unpin_if_clean(idx);
-        self.ctx.work_pending = true;
+        self.writeback.unblock(&mut self.ctx);
+        self.ctx.room_changed();
     }
 
     /// A version of the page is in the map.
