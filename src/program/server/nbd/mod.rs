@@ -19,6 +19,7 @@
 //! It does *not* support TLS or extended headers.
 
 mod admission;
+mod connection;
 mod extents;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;

@@ -9,10 +9,10 @@
 //! It does *not* know what is behind an [`Export`].
 
 use super::Export;
+use super::connection::Connection;
 use super::gate::Pass;
 use super::holes::Holes;
 use super::proto::{self, DATA_CHUNK_HEAD_BYTES, Fault, Request, SIMPLE_REPLY_BYTES, flag};
-use super::transmission::Connection;
 use std::io::IoSlice;
 use std::ops::Range;
 use tracing::warn;

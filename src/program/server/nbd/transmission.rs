@@ -22,9 +22,10 @@
 //! Reads and failures are answered in chunks if that was agreed on; everything else by simple
 //! replies, which are shorter. It does *not* know what is behind an [`Export`].
 
+use super::connection::Connection;
 use super::gate::{Gate, Pass};
 use super::memory::Memory;
-use super::pause::{self, Client};
+use super::pause;
 use super::proto::{self, Agreed, Command, Errno, Fault, Request, flag};
 use super::reads::STREAM_BYTES;
 use super::socket::Socket;
@@ -33,14 +34,12 @@ use async_executor::Executor;
 use bytes::Bytes;
 use event_listener::Event;
 use futures_lite::FutureExt;
-use std::io::{self, BufReader, IoSlice, Read, Write};
-use std::net::Shutdown;
+use std::io::{self, BufReader, Read};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tracing::debug;
 
 /// The most extents of one answer: 64 KiB, which is enough for 16 MiB of a volume in which every
 /// other page is stored.
@@ -57,34 +56,6 @@ const LARGE_WORK_FROM: u32 = 2 << 20;
 /// The interval between two checks whether the client of a long write in parts is still there.
 const LOOK_PAUSE: Duration = Duration::from_secs(1);
 
-/// The most replies that are written together, and the bytes at which they are no longer held back
-/// for more.
-const TOGETHER_MAX: usize = 64;
-const TOGETHER_BYTES: usize = 256 << 10;
-
-pub(super) struct Connection<'a, E> {
-    pub(super) socket: &'a Socket,
-    pub(super) export: &'a E,
-    pub(super) agreed: Agreed,
-    gate: &'a Gate,
-    limits: &'a Limits,
-    stopping: &'a AtomicBool,
-    /// Set when the client no longer waits for answers: it has said goodbye, or is gone.
-    ended: Arc<AtomicBool>,
-    /// Set when the client is gone: its requests need no more work.
-    gone: Arc<AtomicBool>,
-    /// Set when the client has said goodbye: the protocol requires the changes that it requested
-    /// before, though it may not wait for them.
-    said_goodbye: Arc<AtomicBool>,
-    /// Set when a request panicked.
-    failed: AtomicBool,
-    /// Replies to write, with the passes of their requests.
-    ready: Mutex<Vec<(Vec<u8>, Pass<'a>)>>,
-    /// Held while a reply is written in pieces that belong together, so that nothing else is
-    /// written between them.
-    pub(super) turn: async_lock::Mutex<()>,
-}
-
 /// Serves `export` until the client disconnects, breaks the protocol, or the server stops.
 pub fn serve<E: Export>(
     socket: &Socket,
@@ -95,35 +66,14 @@ pub fn serve<E: Export>(
     stopping: &Arc<AtomicBool>,
 ) -> io::Result<()> {
     let gate = Gate::new(limits.requests_max, memory.clone());
-    let connection = Connection {
-        socket,
-        export,
-        agreed,
-        gate: &gate,
-        limits,
-        stopping,
-        ended: Arc::default(),
-        gone: Arc::default(),
-        said_goodbye: Arc::default(),
-        failed: AtomicBool::new(false),
-        ready: Mutex::default(),
-        turn: async_lock::Mutex::new(()),
-    };
+    let connection = Connection::new(socket, export, agreed, &gate, limits, stopping.clone());
     // The timeouts detect a client that stops in the middle of a payload, or takes no replies while
     // its writes wait for that.
     socket.set_read_timeout(Some(limits.payload_stall))?;
     socket.set_write_timeout(Some(limits.payload_stall))?;
     let (executor, done) = (Executor::new(), Event::new());
     let finished = done.listen();
-    let (ended, stops) = (connection.ended.clone(), stopping.clone());
-    let (gone, said_goodbye) = (connection.gone.clone(), connection.said_goodbye.clone());
-    let client = move || match ended.load(Ordering::Acquire) || stops.load(Ordering::Acquire) {
-        _ if gone.load(Ordering::Acquire) && !said_goodbye.load(Ordering::Acquire) => {
-            Client::IsGone
-        }
-        true => Client::Ends,
-        false => Client::Waits,
-    };
+    let peer = connection.peer();
     std::thread::scope(|scope| {
         let replies =
             std::thread::Builder::new().name("nbd-reply".into()).spawn_scoped(scope, || {
@@ -134,40 +84,15 @@ pub fn serve<E: Export>(
                         executor.tick().await;
                     }
                 };
-                pause::block_on(client, work.or(finished));
+                pause::block_on(move || peer.client(), work.or(finished));
             })?;
         let outcome = connection.requests(&executor);
-        // Without a goodbye the client may still wait for replies on a half-closed socket, or be
-        // gone.
-        if !connection.said_goodbye.load(Ordering::Acquire) && socket.is_dead() {
-            connection.gone.store(true, Ordering::Release);
-        }
-        connection.ended.store(true, Ordering::Release);
+        connection.note_end();
         gate.wait_idle();
         done.notify(1);
-        let panicked = replies.join().is_err() || connection.failed.load(Ordering::Acquire);
+        let panicked = replies.join().is_err() || connection.has_failed();
         if panicked { Err(unforeseen()) } else { outcome }
     })
-}
-
-fn unforeseen() -> io::Error {
-    io::Error::other("a request failed in an unforeseen way")
-}
-
-/// Ends the connection if its request panics: that gets no reply, so its client would wait for
-/// ever.
-struct EndOnPanic<'a> {
-    socket: &'a Socket,
-    failed: &'a AtomicBool,
-}
-
-impl Drop for EndOnPanic<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.failed.store(true, Ordering::Release);
-            self.socket.shut(Shutdown::Both);
-        }
-    }
 }
 
 impl<'a, E: Export> Connection<'a, E> {
@@ -183,10 +108,10 @@ impl<'a, E: Export> Connection<'a, E> {
             }
             let mut request = Request::parse(&header)?;
             if request.command == Command::Disconnect {
-                self.said_goodbye.store(true, Ordering::Release);
+                self.note_goodbye();
                 return Ok(());
             }
-            let stopping = self.stopping.load(Ordering::Acquire);
+            let stopping = self.is_stopping();
             let mut outcome = if stopping { Err(stopped()) } else { self.check(&request) };
             let mut pass = self.gate.enter_looking(LOOK_PAUSE, || self.look());
             let mut payload = Bytes::new();
@@ -209,7 +134,7 @@ impl<'a, E: Export> Connection<'a, E> {
             let answer =
                 AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
             executor.spawn(answer).detach();
-            if stopping || self.gone.load(Ordering::Acquire) {
+            if stopping || self.is_gone() {
                 return Ok(());
             }
         }
@@ -228,35 +153,6 @@ impl<'a, E: Export> Connection<'a, E> {
             Command::Trim | Command::WriteZeroes | Command::Cache => pass.take_work(WORK_BYTES),
             Command::Write | Command::Flush | Command::Disconnect | Command::Unknown => {}
         }
-    }
-
-    /// Reads all of `bytes`; between two parts, and after a pause of the client, `goes_on` decides
-    /// whether to wait for it.
-    fn fill(
-        &self,
-        reader: &mut impl Read,
-        bytes: &mut [u8],
-        goes_on: impl Fn() -> bool,
-    ) -> io::Result<()> {
-        let mut at = 0;
-        while at < bytes.len() {
-            match reader.read(&mut bytes[at..]) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(count) => at += count,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e)
-                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {}
-                Err(e) => return Err(e),
-            }
-            if at < bytes.len() && !goes_on() {
-                let text = format!(
-                    "a client has not sent a payload within {:?}, and others wait for its memory",
-                    self.limits.payload_stall
-                );
-                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
-            }
-        }
-        Ok(())
     }
 
     /// Reads the payload of a write. If it is larger than a commit, all but its last part is
@@ -307,16 +203,6 @@ impl<'a, E: Export> Connection<'a, E> {
         Ok(fault.map_or(Ok(Bytes::new()), Err))
     }
 
-    /// Checks whether the client is still there while nothing is read from it.
-    fn look(&self) {
-        if self.socket.has_hung_up() {
-            self.ended.store(true, Ordering::Release);
-        }
-        if self.socket.is_dead() {
-            self.gone.store(true, Ordering::Release);
-        }
-    }
-
     /// Writes a part of a payload on the reply thread, and waits for it.
     fn write_part<'e>(
         &'e self,
@@ -335,7 +221,7 @@ impl<'a, E: Export> Connection<'a, E> {
             match written.recv_timeout(LOOK_PAUSE) {
                 Ok(Ok(result)) => return Ok(result),
                 Ok(Err(_)) | Err(RecvTimeoutError::Disconnected) => {
-                    self.failed.store(true, Ordering::Release);
+                    self.note_failure();
                     return Err(unforeseen());
                 }
                 Err(RecvTimeoutError::Timeout) => {
@@ -360,8 +246,8 @@ impl<'a, E: Export> Connection<'a, E> {
         payload: Bytes,
         mut pass: Pass<'a>,
     ) {
-        let _guard = EndOnPanic { socket: self.socket, failed: &self.failed };
-        let is_wanted = request.command.is_change() && self.said_goodbye.load(Ordering::Acquire);
+        let _guard = self.end_on_panic();
+        let is_wanted = request.command.is_change() && self.has_said_goodbye();
         if self.is_gone() && !is_wanted {
             return;
         }
@@ -387,18 +273,7 @@ impl<'a, E: Export> Connection<'a, E> {
             true => proto::error_chunk(request.cookie, &fault),
             false => proto::simple_reply(request.cookie, Err(fault.errno)).to_vec(),
         });
-        let mut ready = self.ready();
-        ready.push((reply, pass));
-        let bytes: usize = ready.iter().map(|(reply, _)| reply.len()).sum();
-        let full = ready.len() >= TOGETHER_MAX || bytes >= TOGETHER_BYTES;
-        drop(ready);
-        if full {
-            self.write_ready();
-        }
-    }
-
-    fn ready(&self) -> MutexGuard<'_, Vec<(Vec<u8>, Pass<'a>)>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+        self.reply(reply, pass);
     }
 
     async fn perform(
@@ -441,54 +316,10 @@ impl<'a, E: Export> Connection<'a, E> {
         let extents = self.export.allocation(request.offset, request.length, extents_max).await?;
         Ok(proto::status_chunk(request.cookie, &extents))
     }
+}
 
-    /// Writes all replies that are ready, unless one is being written in pieces. Blocks the reply
-    /// thread while the client does not read, which affects only this connection.
-    pub(super) fn write_ready(&self) {
-        let Some(_turn) = self.turn.try_lock() else { return };
-        let ready = std::mem::take(&mut *self.ready());
-        let mut slices: Vec<IoSlice<'_>> =
-            ready.iter().map(|(reply, _)| IoSlice::new(reply)).collect();
-        self.write(&mut slices);
-    }
-
-    /// Writes all bytes, unless the client is gone.
-    pub(super) fn write(&self, mut bytes: &mut [IoSlice<'_>]) {
-        let mut socket = self.socket;
-        while !bytes.is_empty() && !self.is_gone() {
-            let written = match socket.write_vectored(bytes) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(0),
-                Err(e)
-                    if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut)
-                        && !self.gate.keeps_others_waiting() =>
-                {
-                    Ok(0)
-                }
-                other => other,
-            };
-            match written {
-                Ok(count) => IoSlice::advance_slices(&mut bytes, count),
-                Err(error) => {
-                    let why =
-                        "the client is gone, or takes no replies and keeps memory that others need";
-                    debug!(%error, "{why}");
-                    self.hang_up();
-                }
-            }
-        }
-    }
-
-    pub(super) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
-    }
-
-    /// Ends the connection, because the client is gone or the stream is out of step. Wakes the
-    /// reader, too.
-    pub(super) fn hang_up(&self) {
-        self.gone.store(true, Ordering::Release);
-        self.socket.shut(Shutdown::Both);
-    }
+fn unforeseen() -> io::Error {
+    io::Error::other("a request failed in an unforeseen way")
 }
 
 fn stopped() -> Fault {
