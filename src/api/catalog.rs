@@ -16,7 +16,7 @@
 //! 4. The number of a deleted volume is reused only after the store has been opened again, since
 //!    handles to the old one may still exist.
 
-use super::freeing::{Cursor, page_behind};
+use super::freeing::{Cursor, Number, page_behind};
 use super::volume::VolumeState;
 use super::{Access, READ_PAGES, Store, Volume};
 use crate::base::error::{Error, ErrorKind, Result};
@@ -39,6 +39,12 @@ struct Record {
 impl Record {
     fn id(&self) -> VolumeId {
         VolumeId::new(self.key.page.get() as u8)
+    }
+
+    /// What becomes of its number if it was found when the store was opened. A volume that is
+    /// deleted later keeps its number, since handles to it may exist.
+    fn number_once_freed(&self) -> Number {
+        if self.is_named("") { Number::Free } else { Number::Kept }
     }
 
     fn is_named(&self, name: &str) -> bool {
@@ -167,7 +173,7 @@ impl<A: Access> Store<A> {
         let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&new)).await?;
         self.shared(record.id()).learn(lsn, &new);
         if smaller {
-            self.free_in_background(record.key, false);
+            self.free_in_background(record.key, Number::Kept);
         }
         Ok(())
     }
@@ -189,7 +195,7 @@ impl<A: Access> Store<A> {
         let grave = catalog::Volume { name: String::new(), bytes: 0, is_cut: true };
         let lsn = self.put_record(vec![(record.key, record.lsn)], record.key, Some(&grave)).await?;
         self.shared(record.id()).learn(lsn, &grave);
-        self.free_in_background(record.key, false);
+        self.free_in_background(record.key, Number::Kept);
         Ok(())
     }
 
@@ -209,8 +215,8 @@ impl<A: Access> Store<A> {
         self.inner.freeing.count()
     }
 
-    fn free_in_background(&self, key: PageKey, frees_number: bool) {
-        self.inner.freeing.add(self.own_handle(), key, frees_number);
+    fn free_in_background(&self, key: PageKey, number: Number) {
+        self.inner.freeing.add(self.own_handle(), key, number);
     }
 
     /// Returns the same store, for work that outlives the call.
@@ -238,9 +244,7 @@ impl<A: Access> Store<A> {
     pub(super) async fn begin_finishing(&self) -> Result<()> {
         for record in self.records().await? {
             if record.volume.as_ref().is_some_and(|volume| volume.is_cut) {
-                // A volume that is deleted only now keeps its number, since handles to it may
-                // exist.
-                self.free_in_background(record.key, record.is_named(""));
+                self.free_in_background(record.key, record.number_once_freed());
             }
         }
         Ok(())
@@ -253,20 +257,20 @@ impl<A: Access> Store<A> {
         &self,
         key: PageKey,
         cursor: Option<Cursor>,
-        frees_number: bool,
+        number: Number,
     ) -> Result<Option<Cursor>> {
         let _alone = self.inner.resizing.lock().await;
-        self.cut_some(key, cursor, frees_number).await
+        self.cut_some(key, cursor, number).await
     }
 
     /// Frees some of the pages beyond the end of a volume, and completes its cut with the last.
-    /// Returns where to continue. The number of a deleted volume becomes free only if
-    /// `frees_number`.
+    /// Returns where to continue. With [`Number::Free`], the record of a deleted
+    /// volume is freed, too.
     async fn cut_some(
         &self,
         key: PageKey,
         cursor: Option<Cursor>,
-        frees_number: bool,
+        number: Number,
     ) -> Result<Option<Cursor>> {
         let Some(page) = self.read(&[key]).await?.pop().filter(|page| !page.is_absent()) else {
             return Ok(None);
@@ -280,7 +284,7 @@ impl<A: Access> Store<A> {
             return Ok(Some(Cursor::new(volume.bytes, next)));
         }
         self.flush().await?;
-        if volume.name.is_empty() && !frees_number {
+        if volume.name.is_empty() && number == Number::Kept {
             return Ok(None);
         }
         let whole =
@@ -403,7 +407,8 @@ mod tests {
         block_on(store.wait_freed()).expect("its pages go");
         // Do what the background does with the record that it found at the open.
         assert_eq!(
-            block_on(store.cut_some(key, None, before.is_named(""))).expect("its pages are freed"),
+            block_on(store.cut_some(key, None, before.number_once_freed()))
+                .expect("its pages are freed"),
             None
         );
         assert!(record().volume.is_some_and(|volume| volume.name.is_empty()), "its number is free");
@@ -412,7 +417,7 @@ mod tests {
         assert_eq!(lost.kind(), ErrorKind::NotFound);
         // At the next open there are no handles.
         assert_eq!(
-            block_on(store.cut_some(key, None, record().is_named("")))
+            block_on(store.cut_some(key, None, record().number_once_freed()))
                 .expect("its pages are freed"),
             None
         );

@@ -62,11 +62,19 @@ pub(super) fn page_behind(bytes: u64) -> PageId {
     PageId::new(bytes.div_ceil(BLOCK as u64))
 }
 
+/// What becomes of the number of a deleted volume once its pages are freed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Number {
+    /// Another volume may get it: no handle to the deleted one can exist.
+    Free,
+    /// No volume gets it before the next open.
+    Kept,
+}
+
 /// The work for one record: its pages have to be freed.
 #[derive(Clone, Copy)]
 struct Job {
-    /// Whether the number of the volume becomes free: then no handle to it can exist.
-    frees_number: bool,
+    number: Number,
     cursor: Option<Cursor>,
     /// Changes with the record: a step that began before must not end the job.
     generation: u64,
@@ -120,14 +128,13 @@ impl Freeing {
 
     /// Adds a job for the record at `key`, or restarts it if the record has changed. `store` is for
     /// the thread.
-    pub(super) fn add(self: &Arc<Self>, store: Store, key: PageKey, frees_number: bool) {
+    pub(super) fn add(self: &Arc<Self>, store: Store, key: PageKey, number: Number) {
         let mut state = self.lock();
         state.generations += 1;
         let generation = state.generations;
-        let known = state.jobs.get(&key).is_none_or(|job| job.frees_number);
-        state
-            .jobs
-            .insert(key, Job { frees_number: frees_number && known, cursor: None, generation });
+        let known = state.jobs.get(&key).map_or(number, |job| job.number);
+        let number = if known == Number::Kept { known } else { number };
+        state.jobs.insert(key, Job { number, cursor: None, generation });
         if state.is_running || state.is_ending {
             return;
         }
@@ -218,7 +225,7 @@ impl Freeing {
     fn work(&self, store: &Store) {
         let (mut pause, mut pauses) = (PAUSE_MIN, 0);
         while let Some((key, job)) = self.next() {
-            let step = async { Some(store.free_step(key, job.cursor, job.frees_number).await) };
+            let step = async { Some(store.free_step(key, job.cursor, job.number).await) };
             let ended = async {
                 self.ending().await;
                 None

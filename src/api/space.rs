@@ -164,12 +164,12 @@ impl<A: Access> Store<A> {
             {
                 match self.submit(None, Request::Commit(frees(volume, &part))).await {
                     Ok(reply) => under_way.push_back((part, reply)),
-                    Err(error) => parts.refused(part, error, under_way.is_empty()),
+                    Err(error) => parts.refused(part, error, under_way.len()),
                 }
             }
             let Some((part, reply)) = under_way.pop_front() else { break };
             if let Err(error) = reply.await.and_then(committed) {
-                parts.refused(part, error, under_way.is_empty());
+                parts.refused(part, error, under_way.len());
             }
         }
         parts.failed.map_or(Ok(next), Err)
@@ -199,8 +199,8 @@ struct Parts {
 
 impl Parts {
     /// Handles a refused part. One that is too large is divided; one that the store was too busy
-    /// for is retried with fewer others in flight, and in the end `alone`.
-    fn refused(&mut self, part: Part, error: Error, alone: bool) {
+    /// for is retried with fewer others in flight, and in the end alone; `others` are in flight now.
+    fn refused(&mut self, part: Part, error: Error, others: usize) {
         match error.kind() {
             ErrorKind::TooLarge if pages_count(&part) > 1 && self.failed.is_none() => {
                 let (front, back) = halves(part);
@@ -208,7 +208,7 @@ impl Parts {
                 self.waiting.push_front(front);
             }
             ErrorKind::Busy | ErrorKind::Conflict
-                if !(alone && self.width == 1) && self.failed.is_none() =>
+                if (others > 0 || self.width > 1) && self.failed.is_none() =>
             {
                 self.width = (self.width / 2).max(1);
                 self.waiting.push_front(part);
@@ -303,11 +303,11 @@ mod tests {
             match pages_count(&part) {
                 0 => panic!("an empty part"),
                 1 => freed.extend(pages(&part)),
-                _ => parts.refused(part, error(ErrorKind::TooLarge), true),
+                _ => parts.refused(part, error(ErrorKind::TooLarge), 0),
             }
         }
         assert_eq!((freed, parts.failed.is_none()), (pages(&whole), true));
-        parts.refused(SmallVec::from_vec(vec![7..=7]), error(ErrorKind::TooLarge), true);
+        parts.refused(SmallVec::from_vec(vec![7..=7]), error(ErrorKind::TooLarge), 0);
         assert_eq!(
             parts.failed.map(|error| error.kind()),
             Some(ErrorKind::TooLarge),
@@ -323,8 +323,8 @@ mod tests {
         let mut parts = Parts { waiting: VecDeque::new(), width: COMMITS, failed: None };
         let mut tries = 0;
         loop {
-            let alone = parts.width == 1;
-            parts.refused(part.clone(), error(ErrorKind::Busy), alone);
+            let others = parts.width - 1;
+            parts.refused(part.clone(), error(ErrorKind::Busy), others);
             tries += 1;
             let Some(again) = parts.waiting.pop_front() else { break };
             assert_eq!(pages(&again), pages(&part));

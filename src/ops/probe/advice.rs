@@ -7,7 +7,6 @@
 //!    store is only slower.
 //! 3. A command is complete and can be copied as it is; the reader fills in the names in capitals.
 
-use super::driver::RING;
 use super::{AutoDriver, DirectIo, Machine};
 use crate::base::options::{Geometry, Options};
 use crate::format::fresh;
@@ -96,15 +95,14 @@ impl Machine {
     }
 
     pub(super) fn advice_with(&self, driver: &AutoDriver) -> Vec<Finding> {
-        let ring = driver.name == RING;
         vec![
             self.kernel(),
-            self.ring(ring),
-            self.locks(ring),
+            self.ring(driver),
+            self.locks(driver),
             self.file_system(),
             self.direct_io(),
             self.device(),
-            self.polling(ring),
+            self.polling(driver),
             self.huge(),
             self.processors(),
             self.checksums(),
@@ -127,9 +125,9 @@ impl Machine {
         }
     }
 
-    fn ring(&self, used: bool) -> Finding {
+    fn ring(&self, driver: &AutoDriver) -> Finding {
         let Some(refused) = self.io_uring.refused() else {
-            let used = if used {
+            let used = if driver.is_ring() {
                 "the ring driver: a ring of its own for each core"
             } else {
                 "not yet: this version has the portable driver only"
@@ -169,7 +167,7 @@ impl Machine {
         }
     }
 
-    fn locks(&self, ring: bool) -> Finding {
+    fn locks(&self, driver: &AutoDriver) -> Finding {
         const SUBJECT: &str = "locked memory";
         let locks = &self.memory_locks;
         let limit = locks.limit_bytes.map_or("no limit".to_owned(), human_bytes);
@@ -177,7 +175,7 @@ impl Machine {
             (Some(_), false) => format!("{limit}, not enforced (CAP_IPC_LOCK)"),
             _ => limit,
         };
-        if !ring {
+        if !driver.is_ring() {
             return Finding::good(SUBJECT, found, "not needed by the portable driver");
         }
         let cores = self.cores.shards_count() as u64;
@@ -317,10 +315,10 @@ impl Machine {
         finding
     }
 
-    fn polling(&self, ring: bool) -> Finding {
+    fn polling(&self, driver: &AutoDriver) -> Finding {
         const SUBJECT: &str = "device polling";
         match &self.directory.device {
-            Some(BlockDevice { io_poll: Some(true), .. }) if ring => Finding::good(
+            Some(BlockDevice { io_poll: Some(true), .. }) if driver.is_ring() => Finding::good(
                 SUBJECT,
                 "possible",
                 "completions are polled for, if a test read succeeds",
@@ -328,7 +326,7 @@ impl Machine {
             Some(BlockDevice { io_poll: Some(true), .. }) => {
                 Finding::good(SUBJECT, "possible", "interrupts")
             }
-            Some(BlockDevice { nvme: true, .. }) if ring => {
+            Some(BlockDevice { nvme: true, .. }) if driver.is_ring() => {
                 let command = format!("nvme.poll_queues={}", self.cores.allowed.len().max(1));
                 Finding::good(SUBJECT, "off: the driver has no polling queues", "interrupts")
                     .but(Level::Improvable)

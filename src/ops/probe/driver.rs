@@ -82,6 +82,10 @@ pub struct AutoDriver {
 }
 
 impl AutoDriver {
+    pub(super) fn is_ring(&self) -> bool {
+        self.name == RING
+    }
+
     /// Probes this machine and chooses for this process.
     pub fn auto() -> AutoDriver {
         AutoDriver::choose(&IoUring::try_one(&Roots::default())).unless(executor_refused())

@@ -13,7 +13,7 @@
 //!    and none of their bytes.
 
 use super::named::{LEVEL_MAX, Named, Trees};
-use super::report::Damage;
+use super::report::{Damage, VolumeBytes};
 use super::{Mend, Verifier};
 use crate::base::checksum::crc32c;
 use crate::base::error::Result;
@@ -160,7 +160,8 @@ impl Verifier<'_> {
         self.map_is_whole = false;
         let ((first, last), volume) = (walk.pages_below(key), self.volume(key.volume));
         let all = walk.superblock.geometry.vshards_count == 1 || last.get() - first.get() < 64;
-        let bytes = self.bytes_of(key.volume, first, last, all);
+        let bytes = self.bytes_of(key.volume, first, last);
+        let bytes = bytes.map(|bytes| VolumeBytes { all, ..bytes });
         let place = bytes
             .as_ref()
             .map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));
@@ -253,7 +254,7 @@ impl Verifier<'_> {
         what: impl std::fmt::Display,
         mend: Mend,
     ) {
-        let bytes = self.bytes_of(page.volume, page.page, page.page, true);
+        let bytes = self.bytes_of(page.volume, page.page, page.page);
         let place = bytes
             .as_ref()
             .map_or(String::new(), |b| format!(" (bytes {} to {})", b.offset, b.last()));

@@ -143,23 +143,12 @@ impl<'a> Verifier<'a> {
     }
 
     /// The bytes of a volume that its pages from `first` to `last` hold.
-    fn bytes_of(
-        &self,
-        volume: VolumeId,
-        first: PageId,
-        last: PageId,
-        all: bool,
-    ) -> Option<VolumeBytes> {
+    fn bytes_of(&self, volume: VolumeId, first: PageId, last: PageId) -> Option<VolumeBytes> {
         if volume == VolumeId::CATALOG {
             return None;
         }
         let name = self.volumes.get(&volume).cloned();
-        VolumeBytes::of(
-            name.unwrap_or_else(|| format!("number {}", volume.get())),
-            first,
-            last,
-            all,
-        )
+        VolumeBytes::of(name.unwrap_or_else(|| format!("number {}", volume.get())), first, last)
     }
 
     fn damaged(

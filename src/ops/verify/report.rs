@@ -32,17 +32,12 @@ pub struct VolumeBytes {
 }
 
 impl VolumeBytes {
-    /// The pages `first` to `last`; `None` for ids beyond the largest volume of bytes, which only
+    /// All of the pages `first` to `last`; `None` for ids beyond the largest volume of bytes, which only
     /// users of the library can have.
-    pub(super) fn of(
-        volume: String,
-        first: PageId,
-        last: PageId,
-        all: bool,
-    ) -> Option<VolumeBytes> {
+    pub(super) fn of(volume: String, first: PageId, last: PageId) -> Option<VolumeBytes> {
         let offset = first.get().checked_mul(BLOCK as u64)?;
         let end = last.get().checked_add(1)?.checked_mul(BLOCK as u64)?;
-        Some(VolumeBytes { volume, offset, length: end.checked_sub(offset)?, all })
+        Some(VolumeBytes { volume, offset, length: end.checked_sub(offset)?, all: true })
     }
 
     /// The last byte.

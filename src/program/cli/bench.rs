@@ -16,7 +16,7 @@
 // Progress is measured by the clock.
 #![allow(clippy::disallowed_methods)]
 
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Missing};
 use super::{Failure, Format, memory, output, progress, size};
 use crate::program::bench::{BenchVolume, CallSite, NAME, Operation, Outcome, Run};
 use clap::ValueEnum;
@@ -174,7 +174,7 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
         ..Options::default()
     };
     let again = interrupt.clone();
-    let open = Box::new(move |dir: &Path, options| again.open(dir, options, false));
+    let open = Box::new(move |dir: &Path, options| again.open(dir, options, Missing::Created));
     let made = BenchVolume::make(&dir, options, arguments.size, open)
         .map_err(|error| interrupt.explains(error))?;
     let mut bench = Arc::new(made);

@@ -146,7 +146,11 @@ impl Connection {
                 Err(error)
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
                 {
-                    self.still_waiting(begun.elapsed(), &mut has_spoken)?;
+                    let waited = begun.elapsed();
+                    self.check_waiting(waited)?;
+                    if waited >= SILENCE && !std::mem::replace(&mut has_spoken, true) {
+                        output::STDERR.say(&format!("waiting for {}\n", self.server()));
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -157,7 +161,7 @@ impl Connection {
     }
 
     /// Checks that an answer can still be expected.
-    fn still_waiting(&self, waited: Duration, has_spoken: &mut bool) -> Result<(), Failure> {
+    fn check_waiting(&self, waited: Duration) -> Result<(), Failure> {
         let unknown = "it is not known whether it was done: see `corepage volume list`";
         if self.process.is_some_and(is_stopped) {
             let text =
@@ -170,9 +174,6 @@ impl Connection {
                 "{} has not answered for {seconds} s; {unknown}",
                 self.server()
             )));
-        }
-        if waited >= SILENCE && !std::mem::replace(has_spoken, true) {
-            output::STDERR.say(&format!("waiting for {}\n", self.server()));
         }
         Ok(())
     }

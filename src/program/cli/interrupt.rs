@@ -45,6 +45,13 @@ pub(super) struct Interrupt {
     flag: Arc<AtomicBool>,
 }
 
+/// What becomes of a store that is not there when it is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Missing {
+    Created,
+    Refused,
+}
+
 impl Interrupt {
     /// Begins to watch: from now on the signals end the process only if it has already received
     /// one.
@@ -102,11 +109,11 @@ impl Interrupt {
         }
     }
 
-    /// Opens a store, unless a signal arrives first; `existing`: only one that exists.
+    /// Opens a store, unless a signal arrives first.
     ///
     /// # Errors
     /// `Closed`: a signal arrived. Else as [`Store::open`].
-    pub(super) fn open(&self, dir: &Path, options: Options, existing: bool) -> Result<Store> {
+    pub(super) fn open(&self, dir: &Path, options: Options, missing: Missing) -> Result<Store> {
         let interrupted = async {
             let signal = self.wait().await;
             let context = format_args!(
@@ -118,9 +125,9 @@ impl Interrupt {
         };
         block_on(or(
             async {
-                match existing {
-                    true => Store::open_existing(dir, options).await,
-                    false => Store::open(dir, options).await,
+                match missing {
+                    Missing::Refused => Store::open_existing(dir, options).await,
+                    Missing::Created => Store::open(dir, options).await,
                 }
             },
             interrupted,

@@ -18,7 +18,7 @@
 //!    remedy.
 
 use super::control::Connection;
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Missing};
 use super::{Failure, descriptors, memory, output, size, supervisor};
 use crate::program::server::control::{Control, Place, SOCKET_NAME};
 use crate::program::server::nbd::{
@@ -188,13 +188,12 @@ pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     // closing the store.
     let interrupt = Interrupt::watch()?;
     supervisor::opening();
-    let made = if arguments.existing {
-        Directories(Vec::new())
-    } else {
-        Directories::make(&arguments.dir)
+    let (missing, made) = match arguments.existing {
+        true => (Missing::Refused, Directories(Vec::new())),
+        false => (Missing::Created, Directories::make(&arguments.dir)),
     };
     let control = control(&arguments.dir);
-    let store = match interrupt.open(&arguments.dir, options, arguments.existing) {
+    let store = match interrupt.open(&arguments.dir, options, missing) {
         Ok(store) => store,
         Err(error) => {
             drop(control);

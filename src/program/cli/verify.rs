@@ -43,7 +43,7 @@ pub struct Arguments {
 /// Verifies, and prints the result.
 pub fn run(arguments: &Arguments) -> Result<ExitCode, Failure> {
     let begun = Instant::now();
-    let mut shown = Shown::new(arguments.progress, begun);
+    let mut shown = Shown::new(arguments, begun);
     let outcome = corepage::verify_with(&arguments.dir, |progress| shown.tell(progress));
     let bytes_read = shown.end();
     let unchecked = |failure: Failure| Failure { code: UNCHECKED, ..failure };
@@ -134,12 +134,12 @@ struct Shown {
 }
 
 impl Shown {
-    fn new(asked: bool, now: Instant) -> Shown {
+    fn new(arguments: &Arguments, now: Instant) -> Shown {
         let terminal = std::io::stderr().is_terminal();
         Shown {
             terminal,
             bar: None,
-            lines: asked && !terminal,
+            lines: arguments.progress && !terminal,
             begun: now,
             next_line: now + LINE_EVERY,
             last: VerifyProgress::default(),

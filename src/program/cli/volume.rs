@@ -9,7 +9,7 @@
 //!    next open of the store continues.
 
 use super::control::Connection;
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, Missing};
 use super::{Failure, Format, output, size};
 use crate::program::server::control::{self, Request, SOCKET_NAME, VolumeLine};
 use crate::program::server::no_thread;
@@ -102,8 +102,9 @@ impl Access {
         // own.
         let shards = corepage::inspect(dir).ok().map(|found| found.shards);
         let options = Options { shards, ..Options::default() };
-        let store =
-            interrupt.open(dir, options, true).map_err(|error| interrupt.explains(error))?;
+        let store = interrupt
+            .open(dir, options, Missing::Refused)
+            .map_err(|error| interrupt.explains(error))?;
         Ok(Access::Own(store, interrupt))
     }
 
@@ -141,10 +142,7 @@ impl Access {
     }
 
     /// Asks whether data may be lost. A signal counts as a no.
-    fn confirm(&self, yes: bool, what: &str) -> Result<(), Failure> {
-        if yes {
-            return Ok(());
-        }
+    fn confirm(&self, what: &str) -> Result<(), Failure> {
         if !std::io::stdin().is_terminal() {
             return Err(Failure::usage(format_args!("{what}: confirm that with --yes")));
         }
@@ -218,9 +216,9 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
                 .into_iter()
                 .find(|volume| volume.name == *name)
                 .map(|volume| volume.bytes);
-            if let Some(before) = before.filter(|before| before > size) {
+            if let Some(before) = before.filter(|before| before > size && !yes) {
                 let lost = size::show(before - size);
-                access.confirm(*yes, &format!("the last {lost} of {name} will be lost"))?;
+                access.confirm(&format!("the last {lost} of {name} will be lost"))?;
             }
             access.ask(&Request::Resize { name: name.clone(), bytes: *size })?;
             format!("{name} has {} now ({size} bytes)\n", size::show(*size))
@@ -228,8 +226,8 @@ fn act(action: &Action, access: &mut Access) -> Result<(), Failure> {
         Action::Delete { name, yes } => {
             // If there is no such volume, nothing can be lost: the error below names those that
             // exist.
-            if access.volumes()?.iter().any(|volume| volume.name == *name) {
-                access.confirm(*yes, &format!("{name} and all that is in it will be lost"))?;
+            if access.volumes()?.iter().any(|volume| volume.name == *name) && !yes {
+                access.confirm(&format!("{name} and all that is in it will be lost"))?;
             }
             access.ask(&Request::Delete { name: name.clone() })?;
             format!("deleted {name}\n")

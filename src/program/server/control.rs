@@ -119,7 +119,7 @@ async fn retry_busy(store: &Store, request: &Request) -> Result<Value, Error> {
 
 async fn attempt(store: &Store, request: &Request) -> Result<Value, Error> {
     match request {
-        Request::Stats { shards } => return stats(store, *shards, &mut None).await,
+        Request::Stats { .. } => return stats(store, Detail::wanted(request), &mut None).await,
         Request::Volumes => {
             let line = |v: &corepage::Volume| VolumeLine {
                 name: v.name().into(),
@@ -285,8 +285,9 @@ fn serve(socket: &Socket, shared: &Shared) -> io::Result<()> {
             Ok(request) => match shared.store.get() {
                 None => (json!({ "opening": Opening::now(shared.begun) }), true),
                 Some(store) => match request {
-                    Request::Stats { shards } => {
-                        (to_response(shared.unless_stopping(stats(store, shards, &mut last))), true)
+                    Request::Stats { .. } => {
+                        let counted = stats(store, Detail::wanted(&request), &mut last);
+                        (to_response(shared.unless_stopping(counted)), true)
                     }
                     request => {
                         (to_response(shared.unless_stopping(retry_busy(store, &request))), true)
@@ -332,11 +333,27 @@ fn to_response(result: Result<Value, Error>) -> Value {
 /// The last report to a connection: its time, and the counters of each shard.
 type LastSample = (Instant, Vec<ShardStats>);
 
+/// Which counters are reported.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Detail {
+    Totals,
+    EachShard,
+}
+
+impl Detail {
+    fn wanted(request: &Request) -> Detail {
+        match request {
+            Request::Stats { shards: true } => Detail::EachShard,
+            _ => Detail::Totals,
+        }
+    }
+}
+
 /// Returns totals, and what was counted since the last report or, the first time, since the store
 /// was opened.
 async fn stats(
     store: &Store,
-    by_shard: bool,
+    detail: Detail,
     last: &mut Option<LastSample>,
 ) -> Result<Value, Error> {
     let (now, shards) = (Instant::now(), store.shard_stats().await?);
@@ -346,7 +363,7 @@ async fn stats(
     let mut answer = figures(&sum(&shards), &sum(&before));
     answer["seconds"] = json!(seconds);
     answer["volumes_freeing"] = json!(store.freeing_count());
-    if by_shard {
+    if detail == Detail::EachShard {
         let none = ShardStats::default();
         let each = shards
             .iter()

@@ -20,9 +20,10 @@ pub use handshake::handshake;
 pub use transmission::transmission;
 
 use super::holes::Holes;
-use super::proto::{Extent, Fault};
+use super::proto::{Extent, ExtentKind, Fault};
 use super::{Export, Exports};
 use bytes::Bytes;
+use corepage::Durability;
 use std::sync::{Arc, Mutex};
 
 /// Bytes of the export: not a whole number of pages.
@@ -66,12 +67,18 @@ impl Export for Memory {
         Ok(())
     }
 
-    async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Fault> {
+    async fn write(&self, offset: u64, data: Bytes, _: Durability) -> Result<(), Fault> {
         self.0.lock().unwrap()[offset as usize..][..data.len()].copy_from_slice(&data);
         Ok(())
     }
 
-    async fn zero(&self, offset: u64, length: u64, _hole: bool, _fua: bool) -> Result<(), Fault> {
+    async fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        _: ExtentKind,
+        _: Durability,
+    ) -> Result<(), Fault> {
         self.0.lock().unwrap()[offset as usize..][..length as usize].fill(0);
         Ok(())
     }
@@ -95,8 +102,8 @@ impl Export for Memory {
             offset + u64::from(length) <= SIZE as u64 && length > 0,
             "a range beyond the export got through"
         );
-        let stored = Extent { bytes: length.div_ceil(2), is_hole: false };
-        let hole = Extent { bytes: length - stored.bytes, is_hole: true };
+        let stored = Extent { bytes: length.div_ceil(2), kind: ExtentKind::Stored };
+        let hole = Extent { bytes: length - stored.bytes, kind: ExtentKind::Hole };
         Ok([stored, hole].into_iter().filter(|extent| extent.bytes > 0).take(extents_max).collect())
     }
 }

@@ -9,7 +9,7 @@
 //! 3. A [`Pass`] gives back what it took when it is dropped, however the request ends, or earlier
 //!    if the memory is no longer needed.
 
-use super::memory::{Memory, REQUEST_BYTES, payload_charge};
+use super::memory::{Memory, Patience, REQUEST_BYTES, payload_charge};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -129,13 +129,12 @@ impl Pass<'_> {
     }
 
     /// Takes memory for a payload of `bytes`, or for a part of it. Returns for how much: for as
-    /// much as the connection's own bytes allow if others keep the shared memory. A part of a
-    /// payload that `has_waited` for that does not wait again.
-    pub fn take_payload(&mut self, bytes: usize, has_waited: bool) -> usize {
+    /// much as the connection's own bytes allow if others keep the shared memory.
+    pub fn take_payload(&mut self, bytes: usize, patience: Patience) -> usize {
         self.give_back();
         let gate = self.gate;
         loop {
-            if let Some(taken) = gate.memory.take_payload(payload_charge(bytes), has_waited) {
+            if let Some(taken) = gate.memory.take_payload(payload_charge(bytes), patience) {
                 self.held = Held::Write(taken);
                 gate.lock().writes += 1;
                 return bytes;

@@ -16,7 +16,7 @@
 //!
 //! It does *not* touch the data of any export.
 
-use super::proto::{self, Agreed, InfoRequest, MetaRequest, option, reply};
+use super::proto::{self, Agreed, InfoRequest, MetaRequest, Padding, option, reply};
 use super::{Export, Exports};
 use std::io::{self, Read, Write};
 
@@ -41,12 +41,15 @@ pub fn handshake<S: Read + Write, X: Exports>(
     if flags & !(proto::CLIENT_FIXED_NEWSTYLE | proto::CLIENT_NO_ZEROES) != 0 {
         return Err(proto::broken("unknown client flags"));
     }
-    let zeroes = flags & proto::CLIENT_NO_ZEROES == 0;
+    let padding = match flags & proto::CLIENT_NO_ZEROES {
+        0 => Padding::Zeroes,
+        _ => Padding::None,
+    };
     let mut talk = Talk {
         stream,
         exports,
         bytes_left: bytes_max,
-        zeroes,
+        padding,
         structured: false,
         allocation_of: None,
     };
@@ -62,7 +65,7 @@ struct Talk<'a, S, X> {
     exports: &'a X,
     /// Bytes that may still be sent and answered.
     bytes_left: usize,
-    zeroes: bool,
+    padding: Padding,
     structured: bool,
     /// The export for which the metadata context was chosen.
     allocation_of: Option<String>,
@@ -126,12 +129,9 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
         let Ok(Some((name, export))) = self.exports.find(name) else {
             return Err(proto::broken("EXPORT_NAME of an unknown export"));
         };
-        self.stream.write_all(&proto::export_name_reply(
-            export.bytes(),
-            self.structured,
-            self.zeroes,
-        ))?;
         let agreed = self.agreed(&name);
+        let reply = proto::export_name_reply(export.bytes(), agreed, self.padding);
+        self.stream.write_all(&reply)?;
         Ok(Outcome::Chosen(name, export, agreed))
     }
 
@@ -152,7 +152,8 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             return Ok(None);
         };
         let Some((name, export)) = self.find(option, &request.name)? else { return Ok(None) };
-        self.answer(option, reply::INFO, &proto::info_export(export.bytes(), self.structured))?;
+        let agreed = self.agreed(&name);
+        self.answer(option, reply::INFO, &proto::info_export(export.bytes(), agreed))?;
         if request.wants_name {
             self.answer(option, reply::INFO, &proto::info_name(&name))?;
         }
@@ -160,7 +161,6 @@ impl<S: Read + Write, X: Exports> Talk<'_, S, X> {
             self.answer(option, reply::INFO, &proto::info_block_size())?;
         }
         self.answer(option, reply::ACK, &[])?;
-        let agreed = self.agreed(&name);
         Ok((option == option::GO).then_some(Outcome::Chosen(name, export, agreed)))
     }
 

@@ -176,6 +176,14 @@ pub fn payload_charge(bytes: usize) -> usize {
     bytes + bytes / LISTS_SHARE + REQUEST_BYTES
 }
 
+/// Whether a payload may wait for memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Patience {
+    Left,
+    /// A part of it has waited before.
+    Spent,
+}
+
 impl Memory {
     /// Makes the memory, with all of it free.
     pub fn new(division: Division) -> Memory {
@@ -259,8 +267,8 @@ impl Memory {
     }
 
     /// Waits in order for memory for a payload. Returns how much was taken, at most all there is,
-    /// or `None` if that takes too long, or if there is none and this payload `has_waited` before.
-    pub fn take_payload(&self, bytes: usize, has_waited: bool) -> Option<usize> {
+    /// or `None` if that takes too long, or if there is none and its patience is spent.
+    pub fn take_payload(&self, bytes: usize, patience: Patience) -> Option<usize> {
         let kept = self.kept_for_work();
         let bytes = bytes.min(self.division.writes_bytes - kept);
         let mut state = self.lock();
@@ -278,19 +286,16 @@ impl Memory {
             let begun = *begun.get_or_insert(now);
             // Later requests don't repeat the whole wait if earlier ones have waited in vain.
             let since = state.starved.map_or(begun, |(since, _)| since.min(begun));
-            let patience = self.stuck.saturating_sub(now.saturating_duration_since(since));
-            if patience.is_zero() || has_waited {
+            let left = self.stuck.saturating_sub(now.saturating_duration_since(since));
+            if left.is_zero() || patience == Patience::Spent {
                 state.payloads.retain(|waiting| *waiting != number);
                 state.gave_up = Some(now);
                 drop(state);
                 self.changed.notify_all();
                 return None;
             }
-            state = self
-                .changed
-                .wait_timeout(state, patience)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -426,8 +431,8 @@ mod tests {
     fn a_payload_is_not_waited_for_when_nothing_moves_and_work_goes_before_payloads() {
         let mut memory = Memory::new(Division::of(16 * MIB));
         memory.stuck = Duration::from_millis(1);
-        let all = memory.take_payload(usize::MAX, false).expect("all of it is free");
-        assert_eq!(memory.take_payload(4096, false), None, "nothing moves");
+        let all = memory.take_payload(usize::MAX, Patience::Left).expect("all of it is free");
+        assert_eq!(memory.take_payload(4096, Patience::Left), None, "nothing moves");
         assert!(memory.is_waited_for(), "who keeps it is to be cut off");
         assert_eq!(memory.lock().payloads.len(), 0, "who has given up does not wait");
         let work = memory.take_work(memory.kept_for_work());
@@ -438,7 +443,7 @@ mod tests {
         std::thread::scope(|scope| {
             let (memory, order) = (&memory, &order);
             scope.spawn(move || {
-                let taken = memory.take_payload(all, false).expect("it moves");
+                let taken = memory.take_payload(all, Patience::Left).expect("it moves");
                 order.lock().unwrap().push("payload");
                 memory.give_write(taken);
             });

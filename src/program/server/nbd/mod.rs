@@ -50,8 +50,9 @@ pub use socket::{Deadline, Socket};
 pub use volume::StoreExports;
 
 use bytes::Bytes;
+use corepage::Durability;
 use holes::Holes;
-use proto::{Extent, Fault};
+use proto::{Extent, ExtentKind, Fault};
 use std::future::Future;
 use std::time::Duration;
 
@@ -113,21 +114,21 @@ pub trait Export: Send + Sync {
         into: &mut [u8],
         holes: &mut Holes,
     ) -> impl Future<Output = Result<(), Fault>> + Send;
-    /// Writes `data` at `offset`, durable on return if `fua`.
+    /// Writes `data` at `offset`.
     fn write(
         &self,
         offset: u64,
         data: Bytes,
-        fua: bool,
+        durability: Durability,
     ) -> impl Future<Output = Result<(), Fault>> + Send;
-    /// Makes `length` bytes from `offset` read as zeros: by giving back their space or, if not
-    /// `hole`, by writing.
+    /// Makes `length` bytes from `offset` read as zeros: as a hole, which gives back their space, or
+    /// by writing them.
     fn zero(
         &self,
         offset: u64,
         length: u64,
-        hole: bool,
-        fua: bool,
+        kind: ExtentKind,
+        durability: Durability,
     ) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Makes durable every write that returned before, on any connection.
     fn flush(&self) -> impl Future<Output = Result<(), Fault>> + Send;

@@ -14,11 +14,11 @@ mod replies;
 mod requests;
 
 pub use options::{
-    InfoRequest, MetaRequest, export_name_reply, greeting, info_block_size, info_export, info_name,
-    list_entry, meta_context, option_reply, parse_name, parse_option,
+    InfoRequest, MetaRequest, Padding, export_name_reply, greeting, info_block_size, info_export,
+    info_name, list_entry, meta_context, option_reply, parse_name, parse_option,
 };
 pub use replies::{
-    DATA_CHUNK_HEAD_BYTES, SIMPLE_REPLY_BYTES, data_chunk_head, empty_chunk, error_chunk,
+    DATA_CHUNK_HEAD_BYTES, Position, SIMPLE_REPLY_BYTES, data_chunk_head, empty_chunk, error_chunk,
     hole_chunk, simple_reply, status_chunk,
 };
 pub use requests::{Command, REQUEST_BYTES, Request};
@@ -125,9 +125,9 @@ pub const STATUS_HOLE: u32 = 1 | 1 << 1;
 /// Transmission flags of every export: flags are valid, FLUSH, FUA, TRIM, WRITE_ZEROES, several
 /// connections (a flush of the store covers the acknowledged writes of all of them), CACHE, and
 /// fast zeroing. With structured replies also reads in one piece.
-pub fn export_flags(structured: bool) -> u16 {
+pub fn export_flags(agreed: Agreed) -> u16 {
     let always = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 10 | 1 << 11;
-    if structured { always | 1 << 7 } else { always }
+    if agreed.structured { always | 1 << 7 } else { always }
 }
 
 /// What client and server agreed on in the handshake.
@@ -207,8 +207,17 @@ impl Fault {
 pub struct Extent {
     /// Its length.
     pub bytes: u32,
-    /// Whether it is not stored, and reads as zeros.
-    pub is_hole: bool,
+    /// What it holds.
+    pub kind: ExtentKind,
+}
+
+/// What an extent holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExtentKind {
+    /// Bytes that are stored.
+    Stored,
+    /// Nothing that is stored: it reads as zeros.
+    Hole,
 }
 
 /// Takes big-endian numbers off the front of a slice.

@@ -12,7 +12,9 @@ use super::Export;
 use super::connection::Connection;
 use super::gate::Pass;
 use super::holes::Holes;
-use super::proto::{self, DATA_CHUNK_HEAD_BYTES, Fault, Request, SIMPLE_REPLY_BYTES, flag};
+use super::proto::{
+    self, DATA_CHUNK_HEAD_BYTES, Fault, Position, Request, SIMPLE_REPLY_BYTES, flag,
+};
 use std::io::IoSlice;
 use std::ops::Range;
 use tracing::warn;
@@ -37,7 +39,7 @@ impl<E: Export> Connection<'_, E> {
             false => proto::simple_reply(request.cookie, Ok(())).to_vec(),
             true => proto::data_chunk_head(
                 request.cookie,
-                true,
+                Position::Last,
                 request.offset,
                 request.length as usize,
             )
@@ -61,7 +63,8 @@ impl<E: Export> Connection<'_, E> {
         if self.is_in_one(request) {
             out[..head_bytes].copy_from_slice(&self.head(request));
         } else {
-            let length = in_chunks(&mut out, request.cookie, request.offset, true, &holes);
+            let length =
+                in_chunks(&mut out, request.cookie, request.offset, Position::Last, &holes);
             out.truncate(length);
         }
         Ok(out)
@@ -80,7 +83,7 @@ impl<E: Export> Connection<'_, E> {
             data.fill(0);
             let mut holes = Holes::default();
             let result = self.export.read(offset, data, &mut holes).await;
-            let (is_first, is_last) = (offset == request.offset, offset + length as u64 == end);
+            let is_first = offset == request.offset;
             match result {
                 Err(fault) if is_in_one && !is_first => {
                     let fault = &fault.message;
@@ -95,7 +98,11 @@ impl<E: Export> Connection<'_, E> {
                 }
                 Ok(()) => {
                     let chunk = &mut out[..DATA_CHUNK_HEAD_BYTES + length];
-                    let chunk_length = in_chunks(chunk, request.cookie, offset, is_last, &holes);
+                    let last = match offset + length as u64 == end {
+                        true => Position::Last,
+                        false => Position::Inner,
+                    };
+                    let chunk_length = in_chunks(chunk, request.cookie, offset, last, &holes);
                     turn = Some(self.turn.lock().await);
                     self.write(&mut [IoSlice::new(&out[..chunk_length])]);
                 }
@@ -121,24 +128,25 @@ fn piece(offset: u64, end: u64, room: usize) -> usize {
 }
 
 /// Turns what was read at `offset` into chunks, in place: `out` has room for one header, and the
-/// data. Returns how many bytes they are.
-fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, is_last: bool, holes: &Holes) -> usize {
+/// data; `last` is the position of the last chunk. Returns how many bytes they are.
+fn in_chunks(out: &mut [u8], cookie: u64, offset: u64, last: Position, holes: &Holes) -> usize {
     let data_bytes = out.len() - DATA_CHUNK_HEAD_BYTES;
     let (mut to, mut pieces) = (0, holes.pieces(data_bytes, LONE_HOLE_BYTES_MIN));
     if pieces.len() > 1 {
         pieces = holes.pieces(data_bytes, HOLE_BYTES_MIN);
     }
     for (Range { start, end }, is_hole) in pieces {
-        let (done, offset) = (is_last && end == data_bytes, offset + start as u64);
+        let position = if end == data_bytes { last } else { Position::Inner };
+        let offset = offset + start as u64;
         if is_hole {
-            let chunk = proto::hole_chunk(cookie, done, offset, end - start);
+            let chunk = proto::hole_chunk(cookie, position, offset, end - start);
             out[to..to + chunk.len()].copy_from_slice(&chunk);
             to += chunk.len();
         } else {
             // This never overwrites data that has yet to be moved: a hole in front of it has left
             // room for its own chunk and this header.
             assert!(to <= start, "a chunk over data that was not told yet");
-            let head = proto::data_chunk_head(cookie, done, offset, end - start);
+            let head = proto::data_chunk_head(cookie, position, offset, end - start);
             out.copy_within(
                 DATA_CHUNK_HEAD_BYTES + start..DATA_CHUNK_HEAD_BYTES + end,
                 to + head.len(),
@@ -196,7 +204,7 @@ mod tests {
                 at = end + below(150);
             }
             let mut out = [&[0; DATA_CHUNK_HEAD_BYTES][..], &data].concat();
-            let bytes = in_chunks(&mut out, 7, 1000, true, &holes);
+            let bytes = in_chunks(&mut out, 7, 1000, Position::Last, &holes);
             let (mut told, mut rest) = (Vec::new(), &out[..bytes]);
             while !rest.is_empty() {
                 let kind = u16::from_be_bytes([rest[6], rest[7]]);

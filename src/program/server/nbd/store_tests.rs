@@ -6,10 +6,10 @@
 
 use super::holes::Holes;
 use super::memory::{Division, Memory};
-use super::proto::{Errno, Fault};
+use super::proto::{Errno, ExtentKind, Fault};
 use super::{Export, Exports, StoreExports};
 use bytes::Bytes;
-use corepage::{Options, Store};
+use corepage::{Durability, Options, Store};
 use futures_lite::future::block_on;
 use tempfile::TempDir;
 
@@ -44,12 +44,11 @@ fn extents<E: Export>(
         let some = block_on(export.allocation(at, asked, extents_max)).unwrap();
         assert!((1..=extents_max).contains(&some.len()), "{} extents at {at}", some.len());
         for extent in some {
+            let is_hole = extent.kind == ExtentKind::Hole;
             at += u64::from(extent.bytes);
             match all.last_mut() {
-                Some((bytes, is_hole)) if *is_hole == extent.is_hole => {
-                    *bytes += u64::from(extent.bytes)
-                }
-                _ => all.push((u64::from(extent.bytes), extent.is_hole)),
+                Some((bytes, known)) if *known == is_hole => *bytes += u64::from(extent.bytes),
+                _ => all.push((u64::from(extent.bytes), is_hole)),
             }
         }
     }
@@ -65,9 +64,11 @@ fn extents_tell_what_is_stored_to_the_page() {
     let disk = export(&exports);
     let page = |n: u64| n * PAGE as u64;
     // Parts of two pages at both ends; a long stretch over many runs; one page far away.
-    block_on(disk.write(page(3) + 100, Bytes::from(vec![1; 2 * PAGE]), false)).unwrap();
-    block_on(disk.write(page(1000), Bytes::from(vec![2; 5000 * PAGE]), false)).unwrap();
-    block_on(disk.write(700 * GIB, Bytes::from_static(b"x"), false)).unwrap();
+    block_on(disk.write(page(3) + 100, Bytes::from(vec![1; 2 * PAGE]), Durability::Buffered))
+        .unwrap();
+    block_on(disk.write(page(1000), Bytes::from(vec![2; 5000 * PAGE]), Durability::Buffered))
+        .unwrap();
+    block_on(disk.write(700 * GIB, Bytes::from_static(b"x"), Durability::Buffered)).unwrap();
     let stored = [
         (page(3), true),
         (page(3), false),
@@ -81,8 +82,8 @@ fn extents_tell_what_is_stored_to_the_page() {
         assert_eq!(extents(&disk, 0, 1024 * GIB, extents_max), stored, "{extents_max} at a time");
     }
     assert_eq!(extents(&disk, page(5) + 7, page(1), 9), [(page(1) - 7, false), (7, true)]);
-    block_on(disk.zero(page(1), page(4), true, false)).unwrap();
-    block_on(disk.zero(page(2), page(1), false, false)).unwrap();
+    block_on(disk.zero(page(1), page(4), ExtentKind::Hole, Durability::Buffered)).unwrap();
+    block_on(disk.zero(page(2), page(1), ExtentKind::Stored, Durability::Buffered)).unwrap();
     assert_eq!(
         extents(&disk, 0, page(6), 9),
         [(page(2), true), (page(1), false), (page(2), true), (page(1), false)]
@@ -95,8 +96,10 @@ fn extents_tell_what_is_stored_to_the_page() {
 fn holes_of_a_read_are_the_pages_that_are_not_stored() {
     let (_dir, store, exports) = opened();
     let disk = export(&exports);
-    block_on(disk.write(2 * PAGE as u64, Bytes::from(vec![7; PAGE]), false)).unwrap();
-    block_on(disk.zero(4 * PAGE as u64, PAGE as u64, false, false)).unwrap();
+    block_on(disk.write(2 * PAGE as u64, Bytes::from(vec![7; PAGE]), Durability::Buffered))
+        .unwrap();
+    block_on(disk.zero(4 * PAGE as u64, PAGE as u64, ExtentKind::Stored, Durability::Buffered))
+        .unwrap();
     let (mut bytes, mut holes) = (vec![0; 6 * PAGE + 10], Holes::default());
     block_on(disk.read(10, &mut bytes, &mut holes)).unwrap();
     let end = bytes.len();
@@ -124,10 +127,14 @@ fn huge_holes_are_made_to_the_byte() {
     let end = 1024 * GIB;
     let (first, last) = (5_000, end - 3_000);
     for at in [0, 4096, 8192, 300 * GIB + 1, end - 12_288, end - 8192] {
-        block_on(disk.write(at, Bytes::from(vec![9; 8192.min((end - at) as usize)]), false))
-            .unwrap();
+        block_on(disk.write(
+            at,
+            Bytes::from(vec![9; 8192.min((end - at) as usize)]),
+            Durability::Buffered,
+        ))
+        .unwrap();
     }
-    block_on(disk.zero(first, last - first, true, true)).unwrap();
+    block_on(disk.zero(first, last - first, ExtentKind::Hole, Durability::Durable)).unwrap();
     let read = |at: u64, length: usize| {
         let mut bytes = vec![0; length];
         block_on(disk.read(at, &mut bytes, &mut Holes::default())).unwrap();
@@ -150,7 +157,7 @@ fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
     block_on(store.resize_volume("disk", 2 * GIB)).unwrap();
     let grown = export(&exports);
     assert_eq!((old.bytes(), old.bytes_now(), grown.bytes()), (GIB, 2 * GIB, 2 * GIB));
-    block_on(grown.write(2 * GIB - 1, Bytes::from_static(b"x"), false)).unwrap();
+    block_on(grown.write(2 * GIB - 1, Bytes::from_static(b"x"), Durability::Buffered)).unwrap();
     block_on(store.resize_volume("disk", 4096)).unwrap();
     assert_eq!((old.bytes(), old.bytes_now(), export(&exports).bytes()), (GIB, 4096, 4096));
     block_on(store.resize_volume("disk", 2 * GIB)).unwrap();
@@ -158,7 +165,7 @@ fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
     block_on(store.delete_volume("disk")).unwrap();
     assert_eq!(old.bytes_now(), 0);
     assert!(exports.find("").unwrap().is_none());
-    let refused = block_on(old.write(0, Bytes::from_static(b"x"), false));
+    let refused = block_on(old.write(0, Bytes::from_static(b"x"), Durability::Buffered));
     assert!(
         old.is_deleted() && matches!(refused, Err(Fault { errno: Errno::Shutdown, .. })),
         "{refused:?}"
@@ -171,7 +178,7 @@ fn new_connections_see_the_new_size_and_old_ones_stay_inside_both() {
 fn caching_takes_any_range() {
     let (_dir, store, exports) = opened();
     let disk = export(&exports);
-    block_on(disk.write(5, Bytes::from(vec![7; 1 << 20]), true)).unwrap();
+    block_on(disk.write(5, Bytes::from(vec![7; 1 << 20]), Durability::Durable)).unwrap();
     for (offset, length) in [(0, 1), (4095, 2), (77, 64 << 20), (GIB, u64::from(u32::MAX))] {
         block_on(disk.cache(offset, length)).unwrap();
     }

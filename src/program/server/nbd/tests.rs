@@ -14,10 +14,11 @@ use super::handshake::{Outcome, handshake};
 use super::holes::Holes;
 use super::memory::{Division, Memory as Budget};
 use super::pause;
-use super::proto::{self, Agreed, Errno, Extent, Fault, option, reply};
+use super::proto::{self, Agreed, Errno, Extent, ExtentKind, Fault, option, reply};
 use super::socket::Socket;
 use super::{Address, Export, Exports, Limits, Server, transmission};
 use bytes::Bytes;
+use corepage::Durability;
 use event_listener::Event;
 use std::io::{self, Cursor, Read, Write};
 use std::net::Shutdown;
@@ -75,7 +76,7 @@ impl Export for Memory {
         absent.for_each(|(n, _)| holes.add(n * 4096..(n + 1) * 4096));
         Ok(())
     }
-    async fn write(&self, offset: u64, data: Bytes, _fua: bool) -> Result<(), Fault> {
+    async fn write(&self, offset: u64, data: Bytes, _: Durability) -> Result<(), Fault> {
         let attempt = || async {
             self.tries.fetch_add(1, Ordering::Relaxed);
             match self.busy.load(Ordering::Relaxed) {
@@ -91,7 +92,13 @@ impl Export for Memory {
         }
         Ok(())
     }
-    async fn zero(&self, offset: u64, length: u64, _hole: bool, _fua: bool) -> Result<(), Fault> {
+    async fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        _: ExtentKind,
+        _: Durability,
+    ) -> Result<(), Fault> {
         self.data.lock().unwrap()[offset as usize..][..length as usize].fill(0);
         Ok(())
     }
@@ -114,8 +121,8 @@ impl Export for Memory {
         length: u32,
         extents_max: usize,
     ) -> Result<Vec<Extent>, Fault> {
-        let stored = Extent { bytes: length.min(1000), is_hole: false };
-        let hole = Extent { bytes: length - stored.bytes, is_hole: true };
+        let stored = Extent { bytes: length.min(1000), kind: ExtentKind::Stored };
+        let hole = Extent { bytes: length - stored.bytes, kind: ExtentKind::Hole };
         Ok([stored, hole].into_iter().filter(|e| e.bytes > 0).take(extents_max).collect())
     }
 }

@@ -24,14 +24,15 @@
 
 use super::connection::Connection;
 use super::gate::{Gate, Pass};
-use super::memory::Memory;
+use super::memory::{Memory, Patience};
 use super::pause;
-use super::proto::{self, Agreed, Command, Errno, Fault, Request, flag};
+use super::proto::{self, Agreed, Command, Errno, ExtentKind, Fault, Request, flag};
 use super::reads::STREAM_BYTES;
 use super::socket::Socket;
 use super::{Export, Limits};
 use async_executor::Executor;
 use bytes::Bytes;
+use corepage::Durability;
 use event_listener::Event;
 use futures_lite::FutureExt;
 use std::io::{self, BufReader, Read};
@@ -112,27 +113,20 @@ impl<'a, E: Export> Connection<'a, E> {
                 return Ok(());
             }
             let stopping = self.is_stopping();
-            let mut outcome = if stopping { Err(stopped()) } else { self.check(&request) };
+            let outcome = if stopping { Err(stopped()) } else { self.check(&request) };
             let mut pass = self.gate.enter_looking(LOOK_PAUSE, || self.look());
-            let mut payload = Bytes::new();
-            if request.command == Command::Write {
-                match self.payload(
-                    &mut reader,
-                    &mut request,
-                    outcome.is_ok(),
-                    &mut pass,
-                    executor,
-                )? {
-                    Ok(last) => payload = last,
-                    Err(fault) => outcome = outcome.and(Err(fault)),
+            let outcome = match request.command {
+                Command::Write => {
+                    self.payload(&mut reader, &mut request, outcome, &mut pass, executor)?
                 }
-            } else if outcome.is_ok() {
-                self.take_memory(&request, &mut pass);
-            }
+                _ => outcome.map(|()| {
+                    self.take_memory(&request, &mut pass);
+                    Bytes::new()
+                }),
+            };
             // A panic ends the connection, but the reply thread continues: the other requests must
             // finish.
-            let answer =
-                AssertUnwindSafe(self.answer(request, outcome, payload, pass)).catch_unwind();
+            let answer = AssertUnwindSafe(self.answer(request, outcome, pass)).catch_unwind();
             executor.spawn(answer).detach();
             if stopping || self.is_gone() {
                 return Ok(());
@@ -156,26 +150,29 @@ impl<'a, E: Export> Connection<'a, E> {
     }
 
     /// Reads the payload of a write. If it is larger than a commit, all but its last part is
-    /// written here, and the request is shortened to that. If the write is refused, or a part
-    /// fails, the payload is read and discarded.
+    /// written here, and the request is shortened to that. If `check` has refused the write, or a
+    /// part fails, the payload is read and discarded.
     fn payload<'e>(
         &'e self,
         reader: &mut impl Read,
         request: &mut Request,
-        is_wanted: bool,
+        check: Result<(), Fault>,
         pass: &mut Pass<'_>,
         executor: &Executor<'e>,
     ) -> io::Result<Result<Bytes, Fault>> {
-        let (mut left, mut fault, mut has_waited) = (request.payload_bytes() as usize, None, false);
+        let (mut left, mut patience) = (request.payload_bytes() as usize, Patience::Left);
+        let mut outcome = check;
         let most = self.export.write_bytes_max().min(self.gate.memory().payload_bytes_max());
-        while is_wanted && fault.is_none() {
+        while outcome.is_ok() {
             // Parts end at the end of a page, and the first one is no larger if it begins within a
             // page.
             let begins =
                 (request.offset % most.min(proto::BLOCK_PREFERRED_BYTES as usize) as u64) as usize;
             let wanted = left.min(most - begins);
-            let given = pass.take_payload(wanted, has_waited);
-            has_waited |= given < wanted;
+            let given = pass.take_payload(wanted, patience);
+            if given < wanted {
+                patience = Patience::Spent;
+            }
             let length = if given < wanted { given - begins } else { wanted };
             let is_last = length == left;
             // The vector is calloc'ed, so memory is taken only as the payload arrives.
@@ -188,7 +185,7 @@ impl<'a, E: Export> Connection<'a, E> {
             if is_last {
                 return Ok(Ok(part.into()));
             }
-            fault = self.write_part(request.offset, part.into(), executor)?.err();
+            outcome = self.write_part(request.offset, part.into(), executor)?;
             request.offset += length as u64;
             request.length -= length as u32;
             left -= length;
@@ -200,7 +197,7 @@ impl<'a, E: Export> Connection<'a, E> {
             self.fill(reader, &mut forgotten[..length], || true)?;
             left -= length;
         }
-        Ok(fault.map_or(Ok(Bytes::new()), Err))
+        Ok(outcome.map(|()| Bytes::new()))
     }
 
     /// Writes a part of a payload on the reply thread, and waits for it.
@@ -212,8 +209,9 @@ impl<'a, E: Export> Connection<'a, E> {
     ) -> io::Result<Result<(), Fault>> {
         let (sender, written) = sync_channel(1);
         let write = async move {
-            let write =
-                AssertUnwindSafe(self.export.write(offset, part, false)).catch_unwind().await;
+            let write = AssertUnwindSafe(self.export.write(offset, part, Durability::Buffered))
+                .catch_unwind()
+                .await;
             let _ = sender.send(write);
         };
         executor.spawn(write).detach();
@@ -238,14 +236,8 @@ impl<'a, E: Export> Connection<'a, E> {
         request.check(self.export.bytes().min(self.export.bytes_now()), self.agreed)
     }
 
-    /// Carries out a request, and queues its reply to be written.
-    async fn answer(
-        &self,
-        request: Request,
-        outcome: Result<(), Fault>,
-        payload: Bytes,
-        mut pass: Pass<'a>,
-    ) {
+    /// Carries out a request with its payload, and queues its reply to be written.
+    async fn answer(&self, request: Request, outcome: Result<Bytes, Fault>, mut pass: Pass<'a>) {
         let _guard = self.end_on_panic();
         let is_wanted = request.command.is_change() && self.has_said_goodbye();
         if self.is_gone() && !is_wanted {
@@ -253,15 +245,15 @@ impl<'a, E: Export> Connection<'a, E> {
         }
         let result = match (outcome, request.command) {
             (Err(fault), _) => Err(fault),
-            (Ok(()), Command::Read) if request.length as usize > pass.room() => {
+            (Ok(_), Command::Read) if request.length as usize > pass.room() => {
                 match self.stream(&request, &pass).await {
                     Ok(()) => return,
                     Err(fault) => Err(fault),
                 }
             }
-            (Ok(()), Command::Read) => self.read(&request).await,
-            (Ok(()), Command::BlockStatus) => self.status(&request, pass.room()).await,
-            (Ok(()), command) => {
+            (Ok(_), Command::Read) => self.read(&request).await,
+            (Ok(_), Command::BlockStatus) => self.status(&request, pass.room()).await,
+            (Ok(payload), command) => {
                 let done = self.perform(command, &request, payload).await;
                 // Give the memory back, so that a client that does not take its replies holds
                 // nothing that a write waits for.
@@ -282,24 +274,28 @@ impl<'a, E: Export> Connection<'a, E> {
         request: &Request,
         payload: Bytes,
     ) -> Result<(), Fault> {
-        let (offset, length, fua) = (request.offset, u64::from(request.length), request.fua());
+        let (offset, length, durability) =
+            (request.offset, u64::from(request.length), request.durability());
         if length == 0 && command != Command::Flush {
             return Ok(());
         }
         match command {
-            Command::Write => self.export.write(offset, payload, fua).await,
+            Command::Write => self.export.write(offset, payload, durability).await,
             Command::Flush => self.export.flush().await,
-            Command::Trim => self.export.zero(offset, length, true, fua).await,
+            Command::Trim => self.export.zero(offset, length, ExtentKind::Hole, durability).await,
             Command::Cache => self.export.cache(offset, length).await,
             Command::WriteZeroes => {
-                let hole = request.flags & flag::NO_HOLE == 0;
-                if !hole && request.flags & flag::FAST_ZERO != 0 {
+                let kind = match request.flags & flag::NO_HOLE {
+                    0 => ExtentKind::Hole,
+                    _ => ExtentKind::Stored,
+                };
+                if kind == ExtentKind::Stored && request.flags & flag::FAST_ZERO != 0 {
                     return Err(Fault::new(
                         Errno::NotSupported,
                         "without a hole each page is written: not fast",
                     ));
                 }
-                self.export.zero(offset, length, hole, fua).await
+                self.export.zero(offset, length, kind, durability).await
             }
             Command::Read | Command::BlockStatus | Command::Disconnect | Command::Unknown => {
                 Err(Fault::new(Errno::Invalid, "unknown command"))

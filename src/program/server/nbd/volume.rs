@@ -13,7 +13,7 @@
 
 use super::extents::Extents;
 use super::holes::Holes;
-use super::proto::{Errno, Extent, Fault, PAYLOAD_BYTES_MAX};
+use super::proto::{Errno, Extent, ExtentKind, Fault, PAYLOAD_BYTES_MAX};
 use super::span::{self, PAGE, Span, spans};
 use super::{Export, Exports, Memory, pause};
 use bytes::Bytes;
@@ -92,23 +92,28 @@ impl Exports for StoreExports {
 }
 
 impl VolumeExport {
-    async fn zero_in_place(&self, range: (u64, u64), hole: bool, fua: bool) -> Result<(), Fault> {
-        let change = |span: &Span| match (span.is_whole(), hole) {
-            (true, true) => Change::Free,
-            (true, false) => Change::Put(Bytes::from_static(&ZEROS)),
+    async fn zero_in_place(
+        &self,
+        range: (u64, u64),
+        kind: ExtentKind,
+        durability: Durability,
+    ) -> Result<(), Fault> {
+        let change = |span: &Span| match (span.is_whole(), kind) {
+            (true, ExtentKind::Hole) => Change::Free,
+            (true, ExtentKind::Stored) => Change::Put(Bytes::from_static(&ZEROS)),
             (false, _) => Change::Patch {
                 offset: span.start,
                 bytes: Bytes::from_static(&ZEROS[span.in_page()]),
             },
         };
-        self.commit_all(range, fua, change).await
+        self.commit_all(range, durability, change).await
     }
 
     /// Commits all of `range`, batch by batch, with the changes that `change` makes of its spans.
     async fn commit_all(
         &self,
         range: (u64, u64),
-        fua: bool,
+        durability: Durability,
         change: impl Fn(&Span) -> Change,
     ) -> Result<(), Fault> {
         let cost = |s: &Span| match change(s) {
@@ -118,11 +123,11 @@ impl VolumeExport {
         let mut rest = spans(range.0, range.1).peekable();
         while rest.peek().is_some() {
             let batch = span::batch(&mut rest, CHANGES_MAX, self.commit_bytes_max, cost);
-            let last = rest.peek().is_none();
-            let durability = if fua && last { Durability::Durable } else { Durability::Buffered };
+            // The durability of the last one covers those before it.
+            let own = if rest.peek().is_none() { durability } else { Durability::Buffered };
             retry_busy(|| {
                 let changes = batch.iter().map(|s| (PageId::new(s.page), change(s))).collect();
-                self.volume.apply(changes, durability)
+                self.volume.apply(changes, own)
             })
             .await?;
         }
@@ -167,7 +172,7 @@ impl Export for VolumeExport {
         Ok(())
     }
 
-    async fn write(&self, offset: u64, data: Bytes, fua: bool) -> Result<(), Fault> {
+    async fn write(&self, offset: u64, data: Bytes, durability: Durability) -> Result<(), Fault> {
         let change = |span: &Span| {
             let at = (span.page * PAGE + u64::from(span.start) - offset) as usize;
             let bytes = data.slice(at..at + span.length as usize);
@@ -177,20 +182,29 @@ impl Export for VolumeExport {
                 Change::Patch { offset: span.start, bytes }
             }
         };
-        self.commit_all((offset, data.len() as u64), fua, change).await
+        self.commit_all((offset, data.len() as u64), durability, change).await
     }
 
-    async fn zero(&self, offset: u64, length: u64, hole: bool, fua: bool) -> Result<(), Fault> {
+    async fn zero(
+        &self,
+        offset: u64,
+        length: u64,
+        kind: ExtentKind,
+        durability: Durability,
+    ) -> Result<(), Fault> {
         let (first, behind) = (offset.div_ceil(PAGE), (offset + length) / PAGE);
-        if !hole || behind.saturating_sub(first) <= FREE_AT_ONCE {
-            return self.zero_in_place((offset, length), hole, fua).await;
+        if kind == ExtentKind::Stored || behind.saturating_sub(first) <= FREE_AT_ONCE {
+            return self.zero_in_place((offset, length), kind, durability).await;
         }
         let end = offset + length;
         for (from, to) in [(offset, first * PAGE), (behind * PAGE, end)] {
-            self.zero_in_place((from, to - from), hole, false).await?;
+            self.zero_in_place((from, to - from), kind, Durability::Buffered).await?;
         }
         retry_busy(|| self.volume.free_range(PageId::new(first), PageId::new(behind - 1))).await?;
-        if fua { self.flush().await } else { Ok(()) }
+        match durability {
+            Durability::Durable => self.flush().await,
+            Durability::Buffered => Ok(()),
+        }
     }
 
     async fn flush(&self) -> Result<(), Fault> {
@@ -223,10 +237,10 @@ impl Export for VolumeExport {
             let found = retry_busy(|| self.volume.allocated(first, last, RANGES)).await?;
             next = found.next;
             for (first, last) in found.ranges {
-                extents.upto(first.get(), true);
-                extents.upto(last.get() + 1, false);
+                extents.upto(first.get(), ExtentKind::Hole);
+                extents.upto(last.get() + 1, ExtentKind::Stored);
             }
-            extents.upto(next.map_or(last.get() + 1, PageId::get), true);
+            extents.upto(next.map_or(last.get() + 1, PageId::get), ExtentKind::Hole);
         }
         Ok(extents.into_list())
     }

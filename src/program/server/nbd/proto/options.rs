@@ -3,9 +3,9 @@
 //! 1. Counts and lengths in an option are checked against its data before they are used.
 
 use super::{
-    ALLOCATION, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC, OPTION_MAGIC,
-    OPTION_REPLY_MAGIC, PAYLOAD_BYTES_MAX, SERVER_FLAGS, STRING_BYTES_MAX, broken, export_flags,
-    info,
+    ALLOCATION, Agreed, BLOCK_MIN_BYTES, BLOCK_PREFERRED_BYTES, Fields, GREETING_MAGIC,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, PAYLOAD_BYTES_MAX, SERVER_FLAGS, STRING_BYTES_MAX, broken,
+    export_flags, info,
 };
 use std::io;
 
@@ -130,10 +130,10 @@ pub fn meta_context(id: u32, name: &str) -> Vec<u8> {
 }
 
 /// The fact that is always sent: the size and the flags.
-pub fn info_export(bytes: u64, structured: bool) -> Vec<u8> {
+pub fn info_export(bytes: u64, agreed: Agreed) -> Vec<u8> {
     let mut out = info::EXPORT.to_be_bytes().to_vec();
     out.extend_from_slice(&bytes.to_be_bytes());
-    out.extend_from_slice(&export_flags(structured).to_be_bytes());
+    out.extend_from_slice(&export_flags(agreed).to_be_bytes());
     out
 }
 
@@ -153,10 +153,21 @@ pub fn info_block_size() -> Vec<u8> {
     out
 }
 
+/// What follows the answer to EXPORT_NAME.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Padding {
+    /// 124 zeroes.
+    Zeroes,
+    /// Nothing, as the client has asked for.
+    None,
+}
+
 /// The answer to EXPORT_NAME, which has no header.
-pub fn export_name_reply(bytes: u64, structured: bool, zeroes: bool) -> Vec<u8> {
+pub fn export_name_reply(bytes: u64, agreed: Agreed, padding: Padding) -> Vec<u8> {
     let mut out = bytes.to_be_bytes().to_vec();
-    out.extend_from_slice(&export_flags(structured).to_be_bytes());
-    out.resize(out.len() + if zeroes { 124 } else { 0 }, 0);
+    out.extend_from_slice(&export_flags(agreed).to_be_bytes());
+    if padding == Padding::Zeroes {
+        out.resize(out.len() + 124, 0);
+    }
     out
 }

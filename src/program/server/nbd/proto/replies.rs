@@ -1,7 +1,7 @@
 //! Byte layouts of replies: simple ones, and chunks of structured ones.
 
 use super::{
-    ALLOCATION_ID, CHUNK_MAGIC, Errno, Extent, Fault, SIMPLE_REPLY_MAGIC, STATUS_HOLE,
+    ALLOCATION_ID, CHUNK_MAGIC, Errno, Extent, ExtentKind, Fault, SIMPLE_REPLY_MAGIC, STATUS_HOLE,
     STRING_BYTES_MAX, chunk,
 };
 
@@ -22,8 +22,20 @@ pub fn simple_reply(cookie: u64, outcome: Result<(), Errno>) -> [u8; SIMPLE_REPL
     out
 }
 
-fn chunk_head(cookie: u64, done: bool, kind: u16, length: usize) -> [u8; CHUNK_HEAD_BYTES] {
-    let flags = if done { chunk::DONE } else { 0 };
+/// Where a chunk stands in its reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Position {
+    /// Other chunks follow.
+    Inner,
+    /// It ends the reply.
+    Last,
+}
+
+fn chunk_head(cookie: u64, position: Position, kind: u16, length: usize) -> [u8; CHUNK_HEAD_BYTES] {
+    let flags = match position {
+        Position::Inner => 0,
+        Position::Last => chunk::DONE,
+    };
     let mut out = [0; CHUNK_HEAD_BYTES];
     out[..4].copy_from_slice(&CHUNK_MAGIC.to_be_bytes());
     out[4..6].copy_from_slice(&flags.to_be_bytes());
@@ -36,36 +48,40 @@ fn chunk_head(cookie: u64, done: bool, kind: u16, length: usize) -> [u8; CHUNK_H
 /// The header for `length` bytes that were read at `offset`.
 pub fn data_chunk_head(
     cookie: u64,
-    done: bool,
+    position: Position,
     offset: u64,
     length: usize,
 ) -> [u8; DATA_CHUNK_HEAD_BYTES] {
     let mut out = [0; DATA_CHUNK_HEAD_BYTES];
-    out[..CHUNK_HEAD_BYTES].copy_from_slice(&chunk_head(cookie, done, chunk::DATA, 8 + length));
+    out[..CHUNK_HEAD_BYTES].copy_from_slice(&chunk_head(cookie, position, chunk::DATA, 8 + length));
     out[CHUNK_HEAD_BYTES..].copy_from_slice(&offset.to_be_bytes());
     out
 }
 
 /// A chunk for `length` zeros that were read at `offset`.
-pub fn hole_chunk(cookie: u64, done: bool, offset: u64, length: usize) -> Vec<u8> {
-    let head = chunk_head(cookie, done, chunk::HOLE, 12);
+pub fn hole_chunk(cookie: u64, position: Position, offset: u64, length: usize) -> Vec<u8> {
+    let head = chunk_head(cookie, position, chunk::HOLE, 12);
     [&head[..], &offset.to_be_bytes(), &(length as u32).to_be_bytes()].concat()
 }
 
 /// A reply without data.
 pub fn empty_chunk(cookie: u64) -> Vec<u8> {
-    chunk_head(cookie, true, chunk::NONE, 0).to_vec()
+    chunk_head(cookie, Position::Last, chunk::NONE, 0).to_vec()
 }
 
 /// The answer to BLOCK_STATUS.
 pub fn status_chunk(cookie: u64, extents: &[Extent]) -> Vec<u8> {
     let length = 4 + 8 * extents.len();
     let mut out = Vec::with_capacity(CHUNK_HEAD_BYTES + length);
-    out.extend_from_slice(&chunk_head(cookie, true, chunk::BLOCK_STATUS, length));
+    out.extend_from_slice(&chunk_head(cookie, Position::Last, chunk::BLOCK_STATUS, length));
     out.extend_from_slice(&ALLOCATION_ID.to_be_bytes());
     for extent in extents {
         out.extend_from_slice(&extent.bytes.to_be_bytes());
-        out.extend_from_slice(&(if extent.is_hole { STATUS_HOLE } else { 0 }).to_be_bytes());
+        let status = match extent.kind {
+            ExtentKind::Stored => 0,
+            ExtentKind::Hole => STATUS_HOLE,
+        };
+        out.extend_from_slice(&status.to_be_bytes());
     }
     out
 }
@@ -75,7 +91,7 @@ pub fn error_chunk(cookie: u64, fault: &Fault) -> Vec<u8> {
     let bytes_max = fault.message.len().min(STRING_BYTES_MAX);
     let end = (0..=bytes_max).rev().find(|end| fault.message.is_char_boundary(*end)).unwrap_or(0);
     let message = &fault.message[..end];
-    let head = chunk_head(cookie, true, chunk::ERROR, 6 + message.len());
+    let head = chunk_head(cookie, Position::Last, chunk::ERROR, 6 + message.len());
     let errno = (fault.errno as u32).to_be_bytes();
     [&head[..], &errno, &(message.len() as u16).to_be_bytes(), message.as_bytes()].concat()
 }

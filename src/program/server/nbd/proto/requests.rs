@@ -3,6 +3,7 @@
 //! 1. `offset + length` is computed once, here, and can't wrap ([`Request::end`]).
 
 use super::{Agreed, Errno, Fault, Fields, PAYLOAD_BYTES_MAX, REQUEST_MAGIC, broken, flag};
+use corepage::Durability;
 use std::io;
 
 /// Bytes of a request's header.
@@ -90,8 +91,11 @@ impl Request {
     }
 
     /// Whether the command must be durable before its reply.
-    pub fn fua(&self) -> bool {
-        self.flags & flag::FUA != 0
+    pub fn durability(&self) -> Durability {
+        match self.flags & flag::FUA {
+            0 => Durability::Buffered,
+            _ => Durability::Durable,
+        }
     }
 
     /// Bytes of payload that follow the header.
