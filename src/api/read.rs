@@ -27,7 +27,7 @@ type Part<A> = (SmallVec<[usize; 1]>, <A as Submit>::Reply);
 impl<A: Access> Store<A> {
     /// Reads one page without a list and, in a task on the page's shard, without an allocation.
     pub(super) async fn read_one(&self, key: PageKey) -> Result<PageRef> {
-        let mut pins = PinQuota::take(&self.pins, 1)?;
+        let pin = PinQuota::take_one(&self.pins)?;
         // This does what `ask` does, without another future around the reply.
         let (runtime, request) = (&self.inner.runtime, Request::Read(SmallVec::from_buf([key])));
         let read = match self.access.submit(runtime, None, request) {
@@ -35,7 +35,7 @@ impl<A: Access> Store<A> {
             Err((shard, request)) => runtime.submit_to(shard, request).await?.await?,
         };
         let page = pages(read)?.pop().ok_or_else(|| Error::internal("a read returned no page"))?;
-        Ok(page.counted(&mut pins))
+        Ok(page.pinned(pin))
     }
 
     pub(super) async fn read(&self, keys: &[PageKey]) -> Result<Vec<PageRef>> {

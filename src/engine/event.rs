@@ -147,6 +147,11 @@ impl PageRef {
         self
     }
 
+    /// The same page with its pin, which a page without memory gives back.
+    pub(crate) fn pinned(self, pin: Pin) -> PageRef {
+        PageRef { pin: Some(pin).filter(|_| self.frame.is_some()), ..self }
+    }
+
     /// Whether the page was never written, or was freed. Its bytes are zeros then.
     pub fn is_absent(&self) -> bool {
         self.frame.is_none()

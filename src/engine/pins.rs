@@ -30,17 +30,31 @@ impl PinQuota {
     /// # Errors
     /// `Busy`: too many are held.
     pub(crate) fn take(this: &Arc<PinQuota>, count: usize) -> Result<PinReservation> {
+        this.hold(count)?;
+        Ok(PinReservation { pins: this.clone(), count })
+    }
+
+    /// The pin of one page, without a share to take it from.
+    ///
+    /// # Errors
+    /// `Busy`: too many are held.
+    pub(crate) fn take_one(this: &Arc<PinQuota>) -> Result<Pin> {
+        this.hold(1)?;
+        Ok(Pin(this.clone()))
+    }
+
+    fn hold(&self, count: usize) -> Result<()> {
         // Counted only if it fits: what is refused must not, for a moment, be in the way of others.
-        let fits = |held: usize| held.checked_add(count).filter(|all| *all <= this.most);
-        let Err(held) = this.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
-            return Ok(PinReservation { pins: this.clone(), count });
+        let fits = |held: usize| held.checked_add(count).filter(|all| *all <= self.most);
+        let Err(held) = self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
+            return Ok(());
         };
         Err(Error::new(
             ErrorKind::Busy,
             format_args!(
                 "{held} pages are pinned through this handle, and {count} more would be over the \
                  most, {}: drop some pages, read fewer at a time, or give the store more memory",
-                this.most
+                self.most
             ),
         ))
     }
@@ -68,7 +82,7 @@ impl Drop for PinReservation {
 
 /// One pinned page.
 #[derive(Debug)]
-pub(super) struct Pin(Arc<PinQuota>);
+pub(crate) struct Pin(Arc<PinQuota>);
 
 impl Clone for Pin {
     fn clone(&self) -> Self {
@@ -101,7 +115,7 @@ mod tests {
                     }
                 });
             }
-            let refused = (0..200_000).filter(|_| PinQuota::take(&pins, 1).is_err()).count();
+            let refused = (0..200_000).filter(|_| PinQuota::take_one(&pins).is_err()).count();
             done.store(true, Ordering::Relaxed);
             assert_eq!(refused, 0, "nothing was held");
         });
