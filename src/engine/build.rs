@@ -64,7 +64,7 @@ impl Shard {
             watermark: WatermarkWaiters::new(&parts.order, parts.shard_map),
             writeback: WriteBack::default(),
             checkpoint: Checkpoint::new(Leader::new(parts.new_epoch, parts.superblock_frames)),
-            life: Life::new(parts.recovering.is_some()),
+            life: Life { redoing: parts.recovering.is_some(), ..Life::new() },
             redo: Redo::new(parts.recovering, parts.recovered_lsn),
             ctx: Context::new(
                 parts.id,

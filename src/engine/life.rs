@@ -27,10 +27,11 @@ pub(super) struct Life {
 }
 
 impl Life {
-    pub fn new(redoing: bool) -> Self {
+    /// Of a new store, which has nothing to redo.
+    pub fn new() -> Self {
         Life {
             opening: true,
-            redoing,
+            redoing: false,
             open_error: None,
             closing: None,
             quiet: false,

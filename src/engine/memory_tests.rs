@@ -349,7 +349,7 @@ fn a_failure_ends_what_waits_for_a_part_in_front() {
     let shard = &mut bench.all.shards[0];
     let age = (0, ShardId::new(1), 1);
     shard.ctx.now += 10_000_000;
-    shard.note_vote(age, &super::message::Vote::Busy, true);
+    shard.note_vote(age, &super::message::Vote::Busy, super::txn::precedence::Behind::Callers);
     assert!(
         !shard.accepting() && shard.next_due().is_some(),
         "callers wait for the part, and somebody looks again"

@@ -69,7 +69,7 @@ impl Shard {
         let readers_have_much =
             pinned >= self.reservations.usable_frames() / HELD_PAGES_SHARE as u32;
         let kept = if readers_have_much && !self.gives_memory_back() {
-            self.map.awaited_count(false) as u32
+            self.map.awaited_clean_count() as u32
         } else {
             0
         };
@@ -96,7 +96,8 @@ impl Shard {
             let error = match &self.ctx.failed {
                 // What is dirty stays so: to try again would not help.
                 Some(failed) if !by_pins => failed.clone(),
-                _ => self.no_memory(frames, pinned, by_pins),
+                _ if by_pins => self.pinned_memory(frames, pinned),
+                _ => self.no_memory(frames, pinned),
             };
             match step {
                 Step::NodeRead => self.refuse_node_read(&error),
@@ -121,19 +122,20 @@ impl Shard {
         writes || !self.ctx.ops.iter().all(|(_, op)| is_read(op))
     }
 
-    fn no_memory(&self, frames: u32, pinned: u32, by_pins: bool) -> Error {
+    fn pinned_memory(&self, frames: u32, pinned: u32) -> Error {
         let usable = self.reservations.usable_frames();
-        if by_pins {
-            return Error::new(
-                ErrorKind::Busy,
-                format_args!(
-                    "no memory is left in shard {}: readers have pinned {pinned} of its {usable} \
-                     pages, and {frames} must be free; drop PageRefs, or open with more \
-                     memory_bytes",
-                    self.ctx.id.get()
-                ),
-            );
-        }
+        Error::new(
+            ErrorKind::Busy,
+            format_args!(
+                "no memory is left in shard {}: readers have pinned {pinned} of its {usable} \
+                 pages, and {frames} must be free; drop PageRefs, or open with more memory_bytes",
+                self.ctx.id.get()
+            ),
+        )
+    }
+
+    fn no_memory(&self, frames: u32, pinned: u32) -> Error {
+        let usable = self.reservations.usable_frames();
         Error::new(
             ErrorKind::Busy,
             format_args!(

@@ -77,9 +77,8 @@ pub(crate) trait Host<S: StateMachine> {
 
     /// Hands over the requests, messages and completions that have arrived; whether there were any.
     fn deliver(&mut self, shard: &mut S) -> bool;
-    /// The time of the turn that is due now; `None`: none is. `delivered` is what
-    /// [`deliver`](Self::deliver) said.
-    fn turn_at(&mut self, shard: &S, delivered: bool) -> Option<Micros>;
+    /// The time of the turn that is due now, after [`deliver`](Self::deliver); `None`: none is.
+    fn turn_at(&mut self, shard: &S) -> Option<Micros>;
     /// Called after a turn, before its effects are carried out.
     fn turned(&mut self, _shard: &mut S) {}
     /// Carries out one effect.
@@ -110,7 +109,7 @@ pub(crate) fn step<S: StateMachine, H: Host<S>>(
     host: &mut H,
 ) -> ControlFlow<H::Stop, Activity> {
     let delivered = host.deliver(shard);
-    let Some(now) = host.turn_at(shard, delivered) else {
+    let Some(now) = host.turn_at(shard) else {
         return ControlFlow::Continue(Activity { delivered, ..Activity::default() });
     };
     shard.turn(now);

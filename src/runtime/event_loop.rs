@@ -123,6 +123,7 @@ struct ThreadHost<M: StateMachine, D: Disk> {
     /// The watermark when it was last checked; other shards are unparked when it has risen.
     watermark_seen: Lsn,
     due: Option<Micros>,
+    /// The shard has had a turn since something was delivered to it last.
     turned: bool,
     /// Whether the shard's failure was reported.
     failure_reported: bool,
@@ -252,12 +253,14 @@ impl<M: StateMachine, D: Disk> Host<M> for ThreadHost<M, D> {
     fn deliver(&mut self, shard: &mut M) -> bool {
         let mut any = self.take_requests(shard);
         any |= self.take_messages(shard);
-        any | self.take_completions(shard)
+        any |= self.take_completions(shard);
+        self.turned &= !any;
+        any
     }
 
-    fn turn_at(&mut self, shard: &M, delivered: bool) -> Option<Micros> {
+    fn turn_at(&mut self, shard: &M) -> Option<Micros> {
         self.now = self.clock.now();
-        let is_due = delivered || !self.turned || self.due.is_some_and(|at| at <= self.now);
+        let is_due = !self.turned || self.due.is_some_and(|at| at <= self.now);
         (is_due || self.is_durable(shard)).then_some(self.now)
     }
 
@@ -398,7 +401,8 @@ impl<M: StateMachine, D: Disk> ThreadHost<M, D> {
         let has_work = || {
             (accepting && !self.mailbox().inbox.is_empty())
                 || self.channels.has_work()
-                || self.tasks.has_work(accepting)
+                || self.tasks.has_tasks()
+                || (accepting && self.tasks.has_requests())
                 || self.is_durable(shard)
                 || self.shared.is_abandoned()
         };

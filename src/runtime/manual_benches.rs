@@ -22,9 +22,9 @@ fn read() -> Request {
     Request::Read(smallvec![key()])
 }
 
-fn with_page(driver: Driver, poll: bool, figure: impl Fn(&Runtime, ShardId)) {
+fn with_page(options: Options, figure: impl Fn(&Runtime, ShardId)) {
     let dir = tempfile::tempdir().expect("a directory");
-    let options = Options { driver, poll, shards: Some(1), ..Options::default() };
+    let options = Options { shards: Some(1), ..options };
     let runtime = block_on(super::start::start(
         dir.path().to_path_buf(),
         options,
@@ -84,7 +84,8 @@ fn reads_from_a_foreign_thread(part: usize) {
             ("shard parked, caller polls", false, true, Duration::from_millis(1), 1000),
             ("shard parked, caller parks", false, false, Duration::from_millis(1), 1000),
         ] {
-            with_page(driver, poll, |runtime, shard| {
+            let options = Options { driver, poll, ..Options::default() };
+            with_page(options, |runtime, shard| {
                 let times = (0..count / part).map(|_| {
                     std::thread::sleep(pause);
                     let start = Instant::now();
@@ -109,7 +110,7 @@ fn figures_of_a_cached_read_from_a_task_on_the_shard() {
 fn reads_from_a_task(part: usize) {
     for driver in [Driver::Ring, Driver::Portable] {
         for depth in [1usize, 16, 64] {
-            with_page(driver, false, |runtime, shard| {
+            with_page(Options { driver, ..Options::default() }, |runtime, shard| {
                 let calls = 2_000_000 / part;
                 let task = runtime.handle().spawn_on(shard, move |local| async move {
                     let start = Instant::now();
@@ -149,7 +150,7 @@ fn idle_store(time: Duration) {
         fields.iter().sum::<u64>()
     };
     for driver in [Driver::Ring, Driver::Portable] {
-        with_page(driver, false, |_, _| {
+        with_page(Options { driver, ..Options::default() }, |_, _| {
             std::thread::sleep(time / 5);
             let before = ticks();
             std::thread::sleep(time);

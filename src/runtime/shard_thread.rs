@@ -202,20 +202,23 @@ impl<M: StateMachine, D: Disk> ShardThread<M, D> {
             self.shared.abandon();
             false
         });
-        self.assert_state(goes_on);
+        self.assert_state();
+        assert!(
+            goes_on != matches!(self.life, Life::Ended),
+            "whether a shard has ended: {}",
+            !goes_on
+        );
         goes_on
     }
 
     /// Checks that a shard is reported as open in the round in which it opens, and stays open.
-    fn assert_state(&self, goes_on: bool) {
+    fn assert_state(&self) {
         let is_open =
             self.event_loop.as_ref().is_some_and(|event_loop| event_loop.shard().is_open());
         match self.life {
-            Life::Opening(_) => assert!(goes_on && !is_open, "an open shard was not reported"),
-            Life::Open => {
-                assert!(goes_on && is_open, "a shard that was reported as open opens again")
-            }
-            Life::Ended => assert!(!goes_on, "a shard that has ended continues"),
+            Life::Opening(_) => assert!(!is_open, "an open shard was not reported"),
+            Life::Open => assert!(is_open, "a shard that was reported as open opens again"),
+            Life::Ended => {}
         }
     }
 

@@ -289,13 +289,17 @@ impl TaskContext {
         }
     }
 
-    /// Whether a task can run, or a request can be taken.
-    pub(super) fn has_work(&self, accepting: bool) -> bool {
+    /// Whether a request waits to be taken.
+    pub(super) fn has_requests(&self) -> bool {
+        !self.0.queue.borrow().is_empty()
+    }
+
+    /// Whether a task could run.
+    pub(super) fn has_tasks(&self) -> bool {
         let mailbox = self.mailbox();
         RUNNABLE.with_borrow(|tasks| !tasks.is_empty())
             || !mailbox.woken_tasks.is_empty()
             || !mailbox.spawn_queue.is_empty()
-            || accepting && !self.0.queue.borrow().is_empty()
     }
 
     /// Starts tasks that other threads have sent, and runs up to [`TASKS_PER_ROUND`] tasks. Returns

@@ -62,7 +62,7 @@ impl<S: StateMachine> Host<S> for ShardHost<'_, S::Message> {
         delivered
     }
 
-    fn turn_at(&mut self, _: &S, _: bool) -> Option<Micros> {
+    fn turn_at(&mut self, _: &S) -> Option<Micros> {
         Some(self.now)
     }
 

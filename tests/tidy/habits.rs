@@ -1,7 +1,10 @@
 //! Rules on what there is only one of: the random source, the pattern of pages, the order of
-//! modules.
+//! modules; and on parameters that say nothing where they are given.
 
-use super::{LAYERS, can_fail, code_only, complain_about, files, line_of, root};
+use super::{
+    LAYERS, before_tests, can_fail, code_only, complain_about, files, is_test_file, line_of, root,
+    sources,
+};
 use std::fs;
 
 /// The folders of `src` in the order in which a write travels, and those that stand beside its way.
@@ -116,6 +119,118 @@ fn modules_stand_in_one_order_everywhere() {
     let rows = LAYERS.iter().rev().flat_map(|row| row.iter().map(|(name, _)| *name));
     let layers: Vec<&str> = rows.filter(|name| ON_THE_WAY.contains(name)).collect();
     assert_eq!(layers, ON_THE_WAY, "LAYERS of tests/tidy.rs, from the top");
+}
+
+/// Functions that may take a `bool`, with the reason. A row without such a function goes.
+const BOOL_PARAMETERS: &[(&str, &str, &str)] = &[
+    (
+        "src/engine/cache/answer.rs",
+        "count_read_pages",
+        "both callers have a variable of its name, on the path of every cached read",
+    ),
+    ("src/engine/txn/local.rs", "set_absent", "sets the field of this name"),
+    ("src/ops/probe/driver.rs", "new", "sets public fields of a report"),
+    ("src/ops/probe/machine.rs", "new", "sets public fields of a report"),
+];
+
+/// Folders whose files only tests and fuzz targets use.
+const FOR_TESTS: &[&str] = &["src/testing/", "src/program/server/nbd/fuzz"];
+
+/// Where the brackets end that open at `open`.
+fn closing(code: &str, open: usize) -> usize {
+    let mut depth = 0;
+    for (at, byte) in code.bytes().enumerate().skip(open) {
+        match byte {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' if depth == 1 => return at,
+            b')' | b']' | b'}' => depth -= 1,
+            _ => {}
+        }
+    }
+    code.len()
+}
+
+/// Names of the functions that take a `bool`, or one that is optional or borrowed, and where they
+/// stand.
+fn functions_with_bool(code: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    for (at, _) in code.match_indices("fn ") {
+        let rest = &code[at + "fn ".len()..];
+        let name = rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
+        // Bounds of generics have brackets of their own: `F: Fn(bool)` is no parameter.
+        let mut angles = 0;
+        let open = rest.bytes().enumerate().find(|&(i, byte)| {
+            match byte {
+                b'<' => angles += 1,
+                b'>' if !rest[..i].ends_with('-') => angles -= 1,
+                _ => {}
+            }
+            byte == b'(' && angles == 0
+        });
+        let (Some((open, _)), false) = (open, name.is_empty()) else { continue };
+        let parameters = &rest[open + 1..closing(rest, open)];
+        let words = parameters.split_inclusive([',', ':']).map(str::trim);
+        let is_bool = |word: &str| {
+            let word = word.trim_end_matches(',').trim_start_matches('&');
+            matches!(word.trim_start_matches("mut ").trim(), "bool" | "Option<bool>")
+        };
+        if words.into_iter().any(is_bool) {
+            found.push((at, name));
+        }
+    }
+    found
+}
+
+/// The rule: `true` and `false` say nothing where a function is called; an enum, or a function for
+/// each case, does.
+fn no_bool_parameters(name: &str, text: &str) -> Vec<String> {
+    if is_test_file(name) || FOR_TESTS.iter().any(|folder| name.starts_with(folder)) {
+        return vec![];
+    }
+    let text = text.split("\n#[cfg(all(test").next().unwrap_or_default();
+    let code = code_only(before_tests(text));
+    let found = functions_with_bool(&code);
+    let is_allowed = |function: &str| {
+        BOOL_PARAMETERS.iter().any(|(file, allowed, _)| (*file, *allowed) == (name, function))
+    };
+    let complaints = found.iter().filter(|(_, function)| !is_allowed(function)).map(|(at, f)| {
+        format!("{name}:{}: `{f}` takes a bool: an enum says what it means", line_of(&code, *at))
+    });
+    let gone = BOOL_PARAMETERS
+        .iter()
+        .filter(|(file, function, _)| *file == name && !found.iter().any(|(_, f)| f == function))
+        .map(|(_, function, _)| format!("{name}: no `{function}` takes a bool, take its row out"));
+    complaints.chain(gone).collect()
+}
+
+#[test]
+fn no_function_takes_a_bool() {
+    complain_about(sources(), no_bool_parameters);
+    for (file, ..) in BOOL_PARAMETERS {
+        assert!(root().join(file).exists(), "{file} stands in BOOL_PARAMETERS and is gone");
+    }
+}
+
+#[test]
+fn planted_bools_are_found() {
+    let rule = no_bool_parameters;
+    let good = "fn zero(&self, kind: Kind) -> bool {}\nfn each<F: Fn(bool) -> bool>(f: F) {}\n\
+                fn f(of: impl Fn(u8) -> bool, list: &[bool]) {}\n";
+    for bad in [
+        "fn zero(&self, hole: bool) {}",
+        "fn zero(\n    &self,\n    hole: bool,\n    length: u64,\n) {}",
+        "fn each<F: Fn(u8)>(f: F, told: &mut bool) {}",
+        "fn zero(hole: Option<bool>) {}",
+    ] {
+        can_fail(rule, "src/x.rs", bad, good);
+    }
+    let tests = format!("{good}\n#[cfg(test)]\nmod tests {{\n    fn f(a: bool) {{}}\n}}\n");
+    assert!(rule("src/x.rs", &tests).is_empty());
+    let models = tests.replace("cfg(test)", "cfg(all(test, corepage_loom))");
+    assert!(rule("src/x.rs", &models).is_empty());
+    let (file, function, _) = BOOL_PARAMETERS[0];
+    assert!(rule(file, &format!("fn {function}(a: bool) {{}}")).is_empty());
+    assert_eq!(rule(file, good).len(), 1, "a row that is gone");
 }
 
 #[test]

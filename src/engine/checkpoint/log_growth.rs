@@ -33,9 +33,11 @@ impl Shard {
         self.ctx.need_all();
         match result {
             Ok(()) => {
-                let more = self.ctx.failed.is_none() && self.life.closing.is_none();
-                let next = self.log.segment_made(more);
-                self.make_segment(next);
+                let next = self.log.segment_made();
+                match self.ctx.failed.is_none() && self.life.closing.is_none() {
+                    true => self.make_segment(next),
+                    false => self.log.end_growth(),
+                }
             }
             Err(error) => {
                 let is_news = self.log.segment_not_made();

@@ -35,7 +35,7 @@ use crate::base::{Lsn, NodeIdx, PageIdx, ShardId, VShard};
 use crate::engine::message::{Begin, Contribution, Message};
 use crate::engine::reservations::dirty_nodes_are_many;
 use crate::engine::{OpKind, Response, Shard, Token};
-use crate::format::superblock::Superblock;
+use crate::format::superblock::{LogEnd, Superblock};
 use crate::io::{Completion, DiskOp};
 use crate::memory::Frame;
 
@@ -350,7 +350,7 @@ impl Shard {
         let contribution = Contribution {
             rows: self.space.extents.rows(),
             roots: mine.map(|vshard| (vshard, self.map.root(vshard).version)).collect(),
-            log: self.log.state(clean),
+            log: self.log.state(if clean { self.log.end() } else { LogEnd::default() }),
         };
         self.enter_phase(Phase::Waiting);
         if planted!(RecycledBeforeSuperblock) {
@@ -384,8 +384,7 @@ impl Shard {
         self.use_new_segments();
         let freed = self.space.extents.end_checkpoint();
         self.space.summaries.extend(self.space.extents.filled());
-        let compacts = self.space.compaction.compactor.look_again();
-        self.note_reclaimed(compacts);
+        self.note_reclaimed();
         tracing::debug!(shard = self.ctx.id.get(), %redo, freed_blocks = freed, "checkpoint");
         for token in std::mem::take(&mut self.checkpoint.waiters) {
             self.ctx.reply(token, Ok(Response::Checkpointed(redo)));

@@ -61,18 +61,20 @@ impl Log {
         self.is_growing().then(|| SegmentNo::new(self.growth.made))
     }
 
-    /// The segment that was being made exists. Returns the next one to make, if `more` are wanted.
-    pub(crate) fn segment_made(&mut self, more: bool) -> Option<SegmentNo> {
+    /// The segment that was being made exists. Returns the next one to make.
+    pub(crate) fn segment_made(&mut self) -> Option<SegmentNo> {
         assert!(self.is_growing(), "a segment was being made");
         self.growth.made += 1;
         self.growth.has_failed = false;
-        if !more {
-            self.growth.goal = self.growth.made;
-        }
         if planted!(SegmentUsedUncounted) {
             self.use_segments(self.growth.made);
         }
         self.next_to_make()
+    }
+
+    /// No more segments are wanted than there are.
+    pub(crate) fn end_growth(&mut self) {
+        self.growth.goal = self.growth.made;
     }
 
     /// The segment that was being made can't be made. Returns whether the attempt before had

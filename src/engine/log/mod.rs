@@ -337,15 +337,13 @@ impl Log {
         flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
     }
 
-    /// What the superblock records of the log; its end only after a clean close.
-    pub(crate) fn state(&self, clean: bool) -> LogState {
-        LogState {
-            segments_made: self.growth.made(),
-            end: if clean { self.end() } else { LogEnd::default() },
-        }
+    /// What the superblock records of the log. `end` is its [`end`](Self::end) after a clean close,
+    /// else nothing.
+    pub(crate) fn state(&self, end: LogEnd) -> LogState {
+        LogState { segments_made: self.growth.made(), end }
     }
 
-    fn end(&self) -> LogEnd {
+    pub(crate) fn end(&self) -> LogEnd {
         self.active.map_or(LogEnd::default(), |a| LogEnd {
             segment: a.no,
             block: a.block,

@@ -139,7 +139,7 @@ pub(super) fn create(
     allocate(disk, FIRST_LOG, geometry.segment_bytes)?;
     make_mark(disk, arena, root::meta_bytes(geometry.vshards_count), found)?;
     for shard in (0..shards_count).map(ShardId::new) {
-        make_log(disk, geometry, shard, SEGMENTS_FIRST, true)?;
+        make_log(disk, geometry, shard, SEGMENTS_FIRST, OldLog::Replaced)?;
     }
     allocate(
         disk,
@@ -233,21 +233,30 @@ pub(super) fn rewrite_copies(
     Ok(())
 }
 
-/// Makes those of the first `segments` segments of a log that are missing; with `anew` all of them,
-/// except the first file of a creation, which is made before.
+/// What becomes of log files that are there.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum OldLog {
+    /// What is missing of them is added.
+    Completed,
+    /// They are made again, except the first file of a creation, which is made before.
+    Replaced,
+}
+
+/// Makes the first `segments` segments of a log.
 pub(super) fn make_log(
     disk: &mut dyn Disk,
     geometry: &Geometry,
     shard: ShardId,
     segments: u32,
-    anew: bool,
+    old: OldLog,
 ) -> Result<()> {
     for segment in (0..segments).map(SegmentNo::new) {
         let file = FileId::Log(shard, segment);
-        if anew && file == FIRST_LOG {
-            continue;
-        }
-        let len = if anew { 0 } else { disk.len(file)?.unwrap_or(0) };
+        let len = match old {
+            OldLog::Replaced if file == FIRST_LOG => continue,
+            OldLog::Replaced => 0,
+            OldLog::Completed => disk.len(file)?.unwrap_or(0),
+        };
         if len < geometry.segment_bytes {
             execute(disk, DiskOp::Allocate { file, from: len, to: geometry.segment_bytes })?;
         }

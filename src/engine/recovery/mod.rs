@@ -238,7 +238,7 @@ fn make_logs(disk: &mut dyn Disk, superblock: &Superblock, shard_map: ShardMap) 
     let mut new_logs = Vec::new();
     for shard in shard_map.shards() {
         let segments = segments_of(superblock, shard);
-        create::make_log(disk, &superblock.geometry, shard, segments, false)?;
+        create::make_log(disk, &superblock.geometry, shard, segments, create::OldLog::Completed)?;
         if superblock.logs.len() <= shard.index() {
             let files = (0..segments).map(|no| FileId::Log(shard, SegmentNo::new(no)));
             new_logs.extend(files);

@@ -17,6 +17,13 @@ use crate::io::{DiskOp, FileId};
 /// After a failed growth the next is tried this much later.
 pub(in crate::engine) const GROW_RETRY_US: Micros = 1_000_000;
 
+/// What an asked shard has given.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum Gain {
+    Nothing,
+    Space,
+}
+
 /// Who was asked for more space.
 #[derive(Clone, Copy, Default)]
 pub(in crate::engine) enum SpaceAsked {
@@ -24,8 +31,8 @@ pub(in crate::engine) enum SpaceAsked {
     Nobody,
     /// Waiting for the leader.
     Leader(Urgency),
-    /// All others: how many have not answered, whether one gave something.
-    Others { left: u16, got: bool, urgency: Urgency },
+    /// All others: how many have not answered, and what came of the rest.
+    Others { left: u16, gain: Gain, urgency: Urgency },
 }
 
 impl Shard {
@@ -128,14 +135,15 @@ impl Shard {
 
     /// Extents that are this shard's from now on, by the leader or by another shard.
     pub(in crate::engine) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
-        let some = !extents.is_empty();
+        let given = if extents.is_empty() { Gain::Nothing } else { Gain::Space };
         assert!(self.space.growing, "{extents:?} were granted, and not asked for");
         self.space.extents.grant(extents);
         match self.space.asked {
-            SpaceAsked::Others { left, got, urgency } => {
-                self.another_has_answered(left - 1, got || some, urgency)
+            SpaceAsked::Others { left, gain, urgency } => {
+                let gain = if gain == Gain::Space { gain } else { given };
+                self.another_has_answered(left - 1, gain, urgency)
             }
-            _ => self.end_growth(true, Urgency::Overcommit(0)),
+            _ => self.end_growth(Gain::Space, Urgency::Overcommit(0)),
         }
     }
 
@@ -145,22 +153,22 @@ impl Shard {
         for shard in self.ctx.shard_map.others(self.ctx.id) {
             self.ctx.send(shard, Message::DonateExtents(urgency));
         }
-        self.another_has_answered(self.ctx.shard_map.shards_count() - 1, false, urgency);
+        self.another_has_answered(self.ctx.shard_map.shards_count() - 1, Gain::Nothing, urgency);
     }
 
-    fn another_has_answered(&mut self, left: u16, got: bool, urgency: Urgency) {
+    fn another_has_answered(&mut self, left: u16, gain: Gain, urgency: Urgency) {
         assert!(self.space.growing, "space was not asked for, and {left} have not answered");
-        self.space.asked = SpaceAsked::Others { left, got, urgency };
+        self.space.asked = SpaceAsked::Others { left, gain, urgency };
         if left == 0 {
-            self.end_growth(got, urgency);
+            self.end_growth(gain, urgency);
         }
     }
 
-    fn end_growth(&mut self, got: bool, urgency: Urgency) {
+    fn end_growth(&mut self, gain: Gain, urgency: Urgency) {
         self.space.asked = SpaceAsked::Nobody;
         self.space.growing = false;
-        self.space.granted |= got;
-        self.space.failed = (!got).then_some((self.ctx.now, urgency));
+        self.space.granted |= gain == Gain::Space;
+        self.space.failed = (gain == Gain::Nothing).then_some((self.ctx.now, urgency));
         self.ctx.need_all();
     }
 

@@ -152,7 +152,10 @@ impl Shard {
     }
 
     fn awaited_nodes(&self) -> u64 {
-        self.map.awaited_count(self.ctx.checkpoint.active)
+        match self.ctx.checkpoint.active {
+            true => self.map.awaited_count(),
+            false => self.map.awaited_clean_count(),
+        }
     }
 
     /// The same without what will be dirty by and by: the file is not made longer for its sake,
@@ -209,9 +212,9 @@ impl Shard {
         )
     }
 
-    /// A checkpoint has ended: what was retired is free. `compacts`: extents were compacted during
-    /// it.
-    pub(in crate::engine) fn note_reclaimed(&mut self, compacts: bool) {
+    /// A checkpoint has ended: what was retired is free.
+    pub(in crate::engine) fn note_reclaimed(&mut self) {
+        let compacts = self.space.compaction.compactor.look_again();
         let free = self.free_blocks();
         let r = &mut self.space.reclaiming;
         if free > r.best {

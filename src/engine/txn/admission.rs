@@ -43,15 +43,22 @@ pub(in crate::engine) enum Admission {
     No(Error),
 }
 
+/// What was admitted before a commit, and is not applied yet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::engine) enum Ahead {
+    Nothing,
+    Others,
+}
+
 impl Shard {
     pub(in crate::engine) fn admit(
         &mut self,
         waiter: RequestIdx,
         need: Need,
-        first: bool,
+        ahead: Ahead,
     ) -> Admission {
         let body = self.log.open.body_blocks_with(need.record_bytes, need.images);
-        let group_is_new = self.log.open.is_empty() && first;
+        let group_is_new = self.log.open.is_empty() && ahead == Ahead::Nothing;
         let too_long = body > self.ctx.limits.group_blocks && !group_is_new;
         let blocks = body + self.inline_blocks(self.log.open.images.len() + need.images);
         if self.lsns_are_far_ahead(Step::Commit) || self.log.open.runs_full() || too_long {
@@ -63,7 +70,7 @@ impl Shard {
             self.ctx.blocked.register(Step::Commit, Lack::LogRoom);
             return Admission::Stalled;
         }
-        if !self.dirty_fits(need.changes, first) {
+        if !self.dirty_fits(need.changes, ahead) {
             self.ctx.blocked.register(Step::Commit, Lack::WriteBack);
             return Admission::Stalled;
         }
@@ -89,8 +96,11 @@ impl Shard {
         if !self.log_fits(body + self.inline_blocks(images), body, Some(more)) {
             return Admission::Stalled;
         }
-        let alone = self.reservations.parts.count == 0;
-        if !self.dirty_fits(need.changes, alone) {
+        let ahead = match self.reservations.parts.count {
+            0 => Ahead::Nothing,
+            _ => Ahead::Others,
+        };
+        if !self.dirty_fits(need.changes, ahead) {
             return Admission::Stalled;
         }
         match self.admit_space(need) {
@@ -159,10 +169,10 @@ impl Shard {
     /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their
     /// way into the map among them, and map nodes in their part of it. One commit goes alone if
     /// it must. If not, what is dirty is written.
-    fn dirty_fits(&mut self, changes: u64, first: bool) -> bool {
+    fn dirty_fits(&mut self, changes: u64, ahead: Ahead) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
         let dirty = self.reservations.dirty_blocks + self.reservations.frees_unpublished;
-        let alone = first && dirty == 0;
+        let alone = ahead == Ahead::Nothing && dirty == 0;
         let pages_fit = alone || dirty + self.reservations.parts.changes + changes <= memory / 4;
         let nodes_fit = !dirty_nodes_fill_memory(&self.map, &self.ctx.limits);
         if !pages_fit || !nodes_fit {
@@ -377,7 +387,7 @@ impl Shard {
 
     /// Room in memory for a redo of `frames` pages, as for a commit.
     pub(in crate::engine) fn admit_redo(&mut self, waiter: RequestIdx, frames: u32) -> bool {
-        if !self.dirty_fits(u64::from(frames), false) {
+        if !self.dirty_fits(u64::from(frames), Ahead::Others) {
             self.ctx.blocked.register(Step::Redo, Lack::WriteBack);
             return false;
         }

@@ -403,7 +403,8 @@ impl Shard {
         self.ctx.stats.commits_cross += 1;
         #[cfg(any(test, feature = "sim"))]
         self.ctx.allocated.push((token, lsn));
-        self.apply_own_part(txn, lsn, others, durable);
+        self.apply_own_part(txn, lsn, others);
+        self.log.open.urgent |= durable;
         let me = self.ctx.id;
         for shard in yes.into_iter().filter(|shard| *shard != me) {
             let decision = match writers.contains(&shard) {

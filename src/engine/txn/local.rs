@@ -16,7 +16,7 @@ use crate::engine::Work;
 use crate::engine::log::{OpenChange, OpenImage};
 use crate::engine::requests::PendingKind;
 use crate::engine::reservations::Need;
-use crate::engine::txn::admission::Admission;
+use crate::engine::txn::admission::{Admission, Ahead};
 use crate::engine::watermark::Outcome;
 use crate::engine::{Change, Lack, Response, Shard, Step, Token};
 use crate::format::group::Role;
@@ -59,7 +59,8 @@ impl Shard {
                 break;
             }
             let with = need.plus(Need::of(commit, &self.map));
-            match self.admit(waiter, with, batch.is_empty()) {
+            let ahead = if batch.is_empty() { Ahead::Nothing } else { Ahead::Others };
+            match self.admit(waiter, with, ahead) {
                 Admission::Yes => {
                     self.requests.take_ready();
                     batch.push(waiter);

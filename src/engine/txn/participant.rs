@@ -21,7 +21,7 @@ use crate::engine::message::{Decision, Message, PrepareRequest, Vote};
 use crate::engine::requests::{Part, PendingKind};
 use crate::engine::reservations::Need;
 use crate::engine::txn::admission::Admission;
-use crate::engine::txn::precedence;
+use crate::engine::txn::precedence::{self, Behind};
 use crate::engine::{Commit, Shard};
 use crate::format::group::Role;
 use hashbrown::HashMap;
@@ -61,10 +61,11 @@ impl Shard {
             return;
         }
         let age = precedence::age(of, ask.since);
-        let behind = self.is_behind(age);
-        if behind || !self.reservations.holds_little_for_parts() {
+        let is_behind = self.is_behind(age);
+        if is_behind || !self.reservations.holds_little_for_parts() {
             // To wait here could be to wait for a hold that this very commit has elsewhere.
-            self.note_vote(age, &Vote::Busy, !behind);
+            let behind = if is_behind { Behind::Commits } else { Behind::Callers };
+            self.note_vote(age, &Vote::Busy, behind);
             self.ctx.send(owner, Message::Vote(txn, Vote::Busy));
             return;
         }
@@ -91,7 +92,7 @@ impl Shard {
                 unreachable!("only parts")
             };
             let of = part.of;
-            self.note_vote(self.age_of(waiter), &vote, false);
+            self.note_vote(self.age_of(waiter), &vote, Behind::Commits);
             match vote {
                 Vote::Yes(_) => {
                     self.hold_pages(waiter);
@@ -159,7 +160,8 @@ impl Shard {
                     _ => unreachable!("only parts"),
                 };
                 if !is_reader {
-                    self.apply_part(waiter, of, lsn, Role::Part(ShardSet::of(owner)), urgent);
+                    self.apply_part(waiter, of, lsn, Role::Part(ShardSet::of(owner)));
+                    self.log.open.urgent |= urgent;
                     self.ctx.send(owner, Message::Applied(txn));
                     if planted!(PartDurableEarly) {
                         self.ctx.send(owner, Message::Durable(txn));
@@ -172,21 +174,15 @@ impl Shard {
 
     /// Applies the owner's own part, and logs the record that names the others, in the group whose
     /// run holds the LSN.
-    pub(in crate::engine) fn apply_own_part(
-        &mut self,
-        txn: u64,
-        lsn: Lsn,
-        others: ShardSet,
-        urgent: bool,
-    ) {
+    pub(in crate::engine) fn apply_own_part(&mut self, txn: u64, lsn: Lsn, others: ShardSet) {
         let of = PartRef { owner: self.ctx.id, txn };
         let waiter =
             self.participant.parts.remove(&of).expect("the owner has voted for its own part");
-        self.apply_part(waiter, of, lsn, Role::Owner(others), urgent);
+        self.apply_part(waiter, of, lsn, Role::Owner(others));
         self.end_part(waiter);
     }
 
-    fn apply_part(&mut self, waiter: RequestIdx, of: PartRef, lsn: Lsn, role: Role, urgent: bool) {
+    fn apply_part(&mut self, waiter: RequestIdx, of: PartRef, lsn: Lsn, role: Role) {
         let read = self.read_lsn(waiter);
         assert!(read < lsn, "{of:?} got {lsn:?}, and has read {read:?}");
         self.unreserve(waiter);
@@ -194,7 +190,7 @@ impl Shard {
         self.apply(waiter, lsn, role);
         self.log.open.end_span();
         self.log.open.parts.push(of);
-        self.log.open.urgent |= urgent || self.watermark.is_requested(lsn);
+        self.log.open.urgent |= self.watermark.is_requested(lsn);
         self.ctx.need(Work::Groups);
         self.ctx.room_changed();
     }

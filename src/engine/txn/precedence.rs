@@ -42,14 +42,22 @@ const IN_FRONT_US: Micros = 8 * RETRY_US.1;
 /// over shards go.
 pub(in crate::engine) type Age = (Micros, ShardId, u64);
 
+/// Who waits behind the part in front.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::engine) enum Behind {
+    /// Commits of the shard: they leave too little room.
+    Commits,
+    /// Requests of callers: the part lacks what requests under way keep in memory, which must end
+    /// and not be followed by others.
+    Callers,
+}
+
 /// The part in front.
 #[derive(Debug)]
 pub(in crate::engine) struct InFront {
     age: Age,
     until: Micros,
-    /// It lacks what requests under way keep in memory: they must end, and not be followed by
-    /// others.
-    for_holds: bool,
+    behind: Behind,
 }
 
 pub(in crate::engine) fn age(of: PartRef, since: Micros) -> Age {
@@ -71,24 +79,23 @@ impl Shard {
 
     /// Whether commits of this shard wait for a part in front.
     pub(in crate::engine) fn commits_are_behind(&self) -> bool {
-        self.front().is_some_and(|front| !front.for_holds)
+        self.front().is_some_and(|front| front.behind == Behind::Commits)
     }
 
     /// Whether no request is taken from callers, so that those under way give back what they keep
     /// in memory.
     pub(in crate::engine) fn callers_are_behind(&self) -> bool {
-        self.front().is_some_and(|front| front.for_holds)
+        self.front().is_some_and(|front| front.behind == Behind::Callers)
     }
 
-    /// A part got this vote, `for_holds` if the pages that requests keep in memory are the reason:
-    /// it may go in front, or leave its place there.
-    pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, for_holds: bool) {
+    /// A part got this vote: it may go in front of those `behind`, or leave its place there.
+    pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, behind: Behind) {
         match vote {
             Vote::Busy | Vote::Conflict => {
                 let old_enough = self.ctx.now >= age.0 + PATIENCE_US;
                 if old_enough && self.front().is_none_or(|front| age <= front.age) {
                     self.participant.in_front =
-                        Some(InFront { age, until: self.ctx.now + IN_FRONT_US, for_holds });
+                        Some(InFront { age, until: self.ctx.now + IN_FRONT_US, behind });
                 }
             }
             // Others may go on, in the next lap.
@@ -105,7 +112,9 @@ impl Shard {
     /// Until when commits or callers wait for the part in front at the latest.
     pub(in crate::engine) fn front_ends(&self) -> Option<Micros> {
         let waits = self.ctx.blocked.is_blocked(Step::Commit, Lack::Turn);
-        self.front().filter(|front| waits || front.for_holds).map(|front| front.until)
+        self.front()
+            .filter(|front| waits || front.behind == Behind::Callers)
+            .map(|front| front.until)
     }
 
     /// The age of the part of a request.

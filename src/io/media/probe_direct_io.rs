@@ -29,12 +29,12 @@ pub(crate) enum DirectIo {
 }
 
 impl DirectIo {
-    /// `transferred`: a block was transferred through `file`.
-    fn judged(transferred: bool, file: &File) -> DirectIo {
-        match (transferred, device::says_direct(file)) {
-            (false, _) | (true, Some(false)) => DirectIo::Refused,
-            (true, None) => DirectIo::Works,
-            (true, Some(true)) => DirectIo::Vouched,
+    /// A block was transferred through `file`.
+    fn judged(file: &File) -> DirectIo {
+        match device::says_direct(file) {
+            Some(false) => DirectIo::Refused,
+            None => DirectIo::Works,
+            Some(true) => DirectIo::Vouched,
         }
     }
 }
@@ -61,7 +61,7 @@ pub(in crate::io) fn try_direct(directory: &File, path: &Path) -> Result<DirectI
         retry_transient(|| rustix::io::pread(&scratch, &mut block.0, 0)) == Ok(BLOCK)
             && block.0 == [PATTERN; BLOCK]
     };
-    Ok(DirectIo::judged(works, &scratch))
+    Ok(if works { DirectIo::judged(&scratch) } else { DirectIo::Refused })
 }
 
 /// Whether a direct read of a file works; the file is not changed.
@@ -71,7 +71,7 @@ pub(super) fn try_direct_read(file: &File) -> DirectIo {
     let works = rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
         && retry_transient(|| rustix::io::pread(file, &mut block.0, 0)) == Ok(BLOCK);
     let _ = rustix::fs::fcntl_setfl(file, flags);
-    DirectIo::judged(works, file)
+    if works { DirectIo::judged(file) } else { DirectIo::Refused }
 }
 
 /// The error for a file or directory that can't be made, with advice unless the disk is full.

@@ -91,6 +91,14 @@ impl Op {
         matches!(self.op, DiskOp::Write { .. })
     }
 
+    /// The failure of a transfer that ends early.
+    pub(super) fn early_end(&self) -> io::ErrorKind {
+        match self.is_write() {
+            true => io::ErrorKind::WriteZero,
+            false => io::ErrorKind::UnexpectedEof,
+        }
+    }
+
     pub(super) fn offset(&self) -> u64 {
         match &self.op {
             DiskOp::Read { offset, .. } | DiskOp::Write { offset, .. } => *offset,
@@ -192,8 +200,8 @@ pub(super) enum SpanResult {
     Failed(io::Error),
 }
 
-/// Classifies the kernel's result for a span.
-pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
+/// Classifies the kernel's result for a span. One that ends early fails with `ended`.
+pub(super) fn classify(span: Span, result: i32, ended: io::ErrorKind) -> SpanResult {
     use rustix::io::Errno;
     if result < 0 {
         let again = [Errno::INTR, Errno::AGAIN].iter().any(|errno| errno.raw_os_error() == -result);
@@ -210,10 +218,9 @@ pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
     let blocks = reached - reached % BLOCK as u32;
     let stalls = if blocks > 0 { 0 } else { span.stalls + 1 };
     if reached == 0 || stalls >= STALLS_MAX {
-        let kind = if is_write { io::ErrorKind::WriteZero } else { io::ErrorKind::UnexpectedEof };
         let bytes = span.from + reached;
         return SpanResult::Failed(io::Error::new(
-            kind,
+            ended,
             format!("only {bytes} bytes could be transferred"),
         ));
     }
@@ -225,6 +232,8 @@ pub(super) fn classify(span: Span, result: i32, is_write: bool) -> SpanResult {
 mod tests {
     use super::*;
 
+    const READ: io::ErrorKind = io::ErrorKind::UnexpectedEof;
+    const WRITE: io::ErrorKind = io::ErrorKind::WriteZero;
     const MEMORY: *mut u8 = std::ptr::without_provenance_mut(1 << 30);
 
     fn range(start: usize, len: u32) -> MemoryRange {
@@ -271,17 +280,17 @@ mod tests {
     fn short_results_go_on_at_a_block_and_give_up_in_the_end() {
         let span =
             Span { op: OpIdx(0), from: 8192, len: 16384, stalls: 0, backoff: Backoff::default() };
-        assert!(matches!(classify(span, 16384, false), SpanResult::Done));
-        let SpanResult::Remainder(rest) = classify(span, 5000, false) else {
+        assert!(matches!(classify(span, 16384, READ), SpanResult::Done));
+        let SpanResult::Remainder(rest) = classify(span, 5000, READ) else {
             panic!("it continues")
         };
         assert_eq!((rest.from, rest.len, rest.stalls), (8192 + 4096, 16384 - 4096, 0));
-        let SpanResult::Remainder(mut stalled) = classify(span, 100, true) else {
+        let SpanResult::Remainder(mut stalled) = classify(span, 100, WRITE) else {
             panic!("it continues")
         };
         assert_eq!((stalled.from, stalled.len, stalled.stalls), (8192, 16384, 1));
         let failed = loop {
-            match classify(stalled, 100, true) {
+            match classify(stalled, 100, WRITE) {
                 SpanResult::Remainder(rest) => stalled = rest,
                 SpanResult::Failed(e) => break e,
                 SpanResult::Done | SpanResult::Retry(_) => panic!("100 bytes are not all"),
@@ -289,14 +298,14 @@ mod tests {
         };
         assert_eq!(failed.kind(), io::ErrorKind::WriteZero);
         assert!(matches!(
-            classify(span, 0, false),
+            classify(span, 0, READ),
             SpanResult::Failed(e) if e.kind() == io::ErrorKind::UnexpectedEof
         ));
         for again in [rustix::io::Errno::INTR, rustix::io::Errno::AGAIN] {
             let mut refused = span;
             let mut times = 0;
             let failed = loop {
-                match classify(refused, -again.raw_os_error(), false) {
+                match classify(refused, -again.raw_os_error(), READ) {
                     SpanResult::Retry(same) => refused = same,
                     SpanResult::Failed(e) => break e,
                     other => panic!("it was refused: {other:?}"),
@@ -310,7 +319,7 @@ mod tests {
             };
             assert!(times >= 100, "a busy device is no failed one");
             assert_eq!(failed.raw_os_error(), Some(again.raw_os_error()));
-            let SpanResult::Remainder(rest) = classify(refused, 4096, false) else {
+            let SpanResult::Remainder(rest) = classify(refused, 4096, READ) else {
                 panic!("it continues")
             };
             assert_eq!(
@@ -320,7 +329,7 @@ mod tests {
             );
         }
         for errno in [5, 61, 125] {
-            let SpanResult::Failed(e) = classify(span, -errno, false) else {
+            let SpanResult::Failed(e) = classify(span, -errno, READ) else {
                 panic!("{errno} is a failure")
             };
             assert_eq!(e.raw_os_error(), Some(errno));

@@ -70,7 +70,7 @@ impl UringDisk {
 
     pub(super) fn span_completed(&mut self, span: Span, result: i32) {
         let op = &self.ops[span.op.0 as usize];
-        match op::classify(span, result, op.is_write()) {
+        match op::classify(span, result, op.early_end()) {
             SpanResult::Done => self.part_ended(span.op, None),
             SpanResult::Remainder(_) | SpanResult::Retry(_) if self.closing => {
                 self.part_ended(span.op, None)

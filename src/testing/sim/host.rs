@@ -97,7 +97,7 @@ impl Host<Shard> for NodeHost<'_> {
         any
     }
 
-    fn turn_at(&mut self, _: &Shard, _: bool) -> Option<Micros> {
+    fn turn_at(&mut self, _: &Shard) -> Option<Micros> {
         Some(self.now)
     }
 

@@ -117,10 +117,17 @@ impl Map {
     }
 
     /// The most nodes that pages on their way into the map will make dirty, with those above them.
-    /// A dirty leaf counts as well while a checkpoint is under way, which may write it before the
-    /// page changes it.
-    pub(crate) fn awaited_count(&self, in_checkpoint: bool) -> u64 {
-        let leaves = if in_checkpoint { self.awaited } else { self.awaited - self.awaited_dirty };
+    pub(crate) fn awaited_clean_count(&self) -> u64 {
+        self.with_nodes_above(self.awaited - self.awaited_dirty)
+    }
+
+    /// The same while a checkpoint is under way: it may write a dirty leaf before the page changes
+    /// it, so dirty leaves count as well.
+    pub(crate) fn awaited_count(&self) -> u64 {
+        self.with_nodes_above(self.awaited)
+    }
+
+    fn with_nodes_above(&self, leaves: u64) -> u64 {
         leaves + (leaves * LEVELS_ABOVE).min(self.interior)
     }
 }
