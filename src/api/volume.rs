@@ -168,8 +168,9 @@ impl<A: Access> Volume<A> {
     }
 
     /// Writes a whole page of 4,096 bytes. On return the write has its LSN and is visible to all;
-    /// it is durable after a later [`Store::flush`]. If a page is written repeatedly within
-    /// `Options::coalesce_window_us`, only the last version reaches the data file.
+    /// it is durable after a later [`Store::flush`]. If a page is written repeatedly between two
+    /// checkpoints, only the last version reaches its place in the data file, unless memory runs
+    /// short or the store is idle between two of the writes.
     ///
     /// # Errors
     /// As [`write`](Self::write).

@@ -96,11 +96,13 @@ pub struct Options {
     /// bytes once. Opening after a crash takes, in each shard, a group of the log as it was written
     /// and its decoded form: 1 MiB, or the largest commit that the log holds.
     pub memory_bytes: u64,
-    /// How long dirty pages are collected before they are written, in microseconds (1,000 to
-    /// 10,000, default 5,000). A durable commit is never delayed by it.
+    /// How long a group of buffered commits waits for more of them, in microseconds (1,000 to
+    /// 10,000, default 5,000). After two such times without a commit a shard writes its dirty pages
+    /// to their places; while commits come, they wait for a checkpoint, or until memory is short.
+    /// A durable commit is never delayed by it.
     pub coalesce_window_us: Micros,
-    /// The number of dirty pages that starts a write before that time is over (1 to 64, default
-    /// 64).
+    /// The number of whole pages with which a group of buffered commits goes to the log before that
+    /// time is over (1 to 64, default 64).
     pub coalesce_batch_pages: usize,
     /// The most pages of one vectored read or write at the device (1 to 64, default 64).
     pub vectored_pages_max: usize,

@@ -46,6 +46,11 @@ impl Shard {
             self.writeback.counts().dirty,
         )?;
         same(
+            "clean pages in the queue of the coalescer",
+            pages().filter(|page| page.queued && page.dirty_from.is_none()).count(),
+            self.writeback.counts().clean,
+        )?;
+        same(
             "dirty pages that are not queued",
             pages().filter(|page| page.dirty_from.is_some() && !page.queued).count(),
             0,

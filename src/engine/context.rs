@@ -33,8 +33,10 @@ pub(super) struct CheckpointStatus {
     pub wanted: bool,
     /// One is under way.
     pub active: bool,
-    /// Dirty pages must go to their places now.
+    /// Dirty pages must go to their places.
     pub wants_pages: bool,
+    /// They must go at once: somebody waits for the end of the checkpoint.
+    pub is_urgent: bool,
     /// What is open must become durable now.
     pub wants_groups: bool,
 }
@@ -75,6 +77,8 @@ pub(super) struct Context {
     pub superblock: Superblock,
     /// What other components may ask of checkpoints, and know of the one under way.
     pub checkpoint: CheckpointStatus,
+    /// When a request was answered last.
+    pub replied_at: Micros,
     /// Which request got which LSN.
     #[cfg(any(test, feature = "sim"))]
     pub allocated: Vec<(Token, Lsn)>,
@@ -108,6 +112,7 @@ impl Context {
             failure_cause: None,
             superblock,
             checkpoint: CheckpointStatus::default(),
+            replied_at: now,
             #[cfg(any(test, feature = "sim"))]
             allocated: Vec::new(),
         }
@@ -197,6 +202,7 @@ impl Context {
         if matches!(&result, Err(error) if error.kind() == ErrorKind::Conflict) {
             self.stats.conflicts += 1;
         }
+        self.replied_at = self.now;
         self.effects.push_back(Effect::Reply(token, result));
     }
 }

@@ -39,9 +39,13 @@ pub enum Message {
     /// The sender has stopped after a failed write or flush: so must everybody.
     Failed(Error),
     /// A checkpoint is wanted.
-    WantCheckpoint,
+    WantCheckpoint(Pace),
     /// One begins.
     Begin(Begin),
+    /// The sender waits for the end of the checkpoint under way.
+    AskForHurry,
+    /// Somebody waits for its end.
+    Hurry,
     /// The sender has begun it.
     Began,
     /// Everybody has: the new roots must reflect every record up to here.
@@ -141,6 +145,17 @@ pub struct Begin {
     pub new_epoch: Option<NewEpoch>,
     /// It ends the store's life.
     pub clean: bool,
+    /// How fast its pages go to their places.
+    pub pace: Pace,
+}
+
+/// How fast the pages of a checkpoint go to their places.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Pace {
+    /// Spread over the log that is left.
+    Spread,
+    /// At once: somebody waits for its end.
+    Urgent,
 }
 
 /// What a capture means for the extents of another shard.

@@ -63,6 +63,8 @@ mod memory_tests;
 pub(crate) mod observe;
 #[cfg(test)]
 mod overwrite_tests;
+#[cfg(test)]
+mod writeback_tests;
 
 pub(crate) use budget::request_bytes;
 pub(crate) use build::ShardParts;

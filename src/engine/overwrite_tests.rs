@@ -37,7 +37,7 @@ impl Block {
 
 /// A disk in memory that completes everything at once.
 #[derive(Default)]
-struct MemoryDisk {
+pub(super) struct MemoryDisk {
     files: BTreeMap<FileId, Vec<Block>>,
     done: Vec<Completion>,
     bytes_written: u64,
@@ -124,13 +124,15 @@ impl Disk for MemoryDisk {
 }
 
 /// A volume that is overwritten.
-struct Volume {
+pub(super) struct Volume {
     disk: MemoryDisk,
-    all: LocalCluster,
+    pub(super) all: LocalCluster,
     shard_map: ShardMap,
     pages: u64,
     rng: Rng,
-    now: Micros,
+    pub(super) now: Micros,
+    /// What passes between two looks at the disk, so the time that an operation takes.
+    pub(super) tick: Micros,
     sent: u64,
     answered: u64,
 }
@@ -151,7 +153,7 @@ struct Cost {
 
 impl Volume {
     /// Opens a new store with every page of the volume written once.
-    fn filled(options: &Options, shards_count: u16, pages: u64) -> Volume {
+    pub(super) fn filled(options: &Options, shards_count: u16, pages: u64) -> Volume {
         let mut disk = MemoryDisk::default();
         let opening = crate::engine::recovery::begin(&mut disk, options, shards_count, 7, 0)
             .expect("the store can be made");
@@ -159,13 +161,34 @@ impl Volume {
         all.run_until_open(&mut disk, 0).expect("the store opens");
         let shard_map = all.shards[0].shard_map();
         let (now, rng) = (1_000_000, Rng::new(5));
-        let mut volume = Volume { disk, all, shard_map, pages, rng, now, sent: 0, answered: 0 };
+        let (tick, sent, answered) = (100, 0, 0);
+        let mut volume = Volume { disk, all, shard_map, pages, rng, now, tick, sent, answered };
         volume.write(pages, |volume| volume.sent);
         volume
     }
 
-    /// Writes `count` pages, `DEPTH` at a time.
-    fn write(&mut self, count: u64, mut next: impl FnMut(&mut Volume) -> u64) {
+    /// Writes `count` pages.
+    fn write(&mut self, count: u64, next: impl FnMut(&mut Volume) -> u64) {
+        self.commit(count, next, Change::Put(Bytes::from_static(&[7; BLOCK])));
+    }
+
+    /// Changes 128 bytes of pages at random.
+    pub(super) fn patch(&mut self, count: u64) {
+        let change = Change::Patch { offset: 128, bytes: Bytes::from_static(&[8; 128]) };
+        self.commit(count, |volume| volume.rng.draw(), change);
+    }
+
+    /// Lets time pass in which nothing is asked for.
+    pub(super) fn rest(&mut self, time: Micros) {
+        let until = self.now + time;
+        while self.now < until {
+            self.now += 1000;
+            self.all.poll_once(&mut self.disk, self.now);
+        }
+    }
+
+    /// Makes `count` durable commits of one change, `DEPTH` at a time.
+    fn commit(&mut self, count: u64, mut next: impl FnMut(&mut Volume) -> u64, change: Change) {
         const DEPTH: u64 = 256;
         let mut left = count;
         let mut stuck = 0;
@@ -173,8 +196,8 @@ impl Volume {
             while left > 0 && self.sent - self.answered < DEPTH {
                 let page = PageId::new(next(self) % self.pages);
                 let key = PageKey::new(VolumeId::new(1), page);
-                let change = Change::Put(Bytes::from_static(&[7; BLOCK]));
-                let commit = Commit { reads: vec![], changes: vec![(key, change)], durable: true };
+                let changes = vec![(key, change.clone())];
+                let commit = Commit { reads: vec![], changes, durable: true };
                 self.sent += 1;
                 self.all.request(
                     self.shard_map.shard_of(key),
@@ -183,7 +206,7 @@ impl Volume {
                 );
                 left -= 1;
             }
-            self.now += 100;
+            self.now += self.tick;
             self.all.poll_once(&mut self.disk, self.now);
             stuck = if self.all.replies.is_empty() { stuck + 1 } else { 0 };
             assert!(stuck < 100_000, "no answer any more: {:#?}", self.all.shards);
@@ -198,7 +221,7 @@ impl Volume {
         self.write(count, |volume| volume.rng.draw());
     }
 
-    fn stats(&mut self) -> ShardStats {
+    pub(super) fn stats(&mut self) -> ShardStats {
         let mut sum = ShardStats::default();
         self.all.shards.iter_mut().for_each(|shard| sum.add(&shard.counters()));
         sum

@@ -350,6 +350,7 @@ impl Shard {
         page.entry = Some(entry);
         if page.dirty_from.take().is_some() {
             self.reservations.dirty_blocks -= 1;
+            self.writeback.note_clean(&mut self.ctx);
         }
         let leaf = page.leaf.expect("admission pinned the leaf");
         let (vshard, _) = self.map.position(key);

@@ -214,7 +214,8 @@ impl Shard {
             // Reads go on after a failure, and wait for memory as before.
             return memory;
         }
-        let next = [group, pages, growth, memory, self.next_retry(), self.front_ends()]
+        let checkpoint = self.idle_checkpoint_due();
+        let next = [group, pages, growth, memory, checkpoint, self.next_retry(), self.front_ends()]
             .into_iter()
             .flatten()
             .min()?;
@@ -283,8 +284,10 @@ impl Shard {
                 self.watermark.flush_requested(&mut self.ctx, &mut self.log, upto)
             }
             Message::Failed(error) => self.ctx.stop(error),
-            Message::WantCheckpoint => self.checkpoint_wanted(),
+            Message::WantCheckpoint(pace) => self.checkpoint_wanted(pace),
             Message::Begin(begin) => self.begin_checkpoint(begin),
+            Message::AskForHurry => self.hurry_asked(),
+            Message::Hurry => self.hurry_checkpoint(),
             Message::Began => self.shard_began(),
             Message::Redo(redo) => self.redo_lsn_chosen(redo),
             Message::Captured(handover) => self.handed_over(*handover),

@@ -5,6 +5,8 @@
 //! 1. Nobody is refused while something under way will give memory back, unless what readers have
 //!    pinned is the cause.
 //! 2. One refusal at a time in each queue: who comes next looks again.
+//! 3. If no request is answered for [`MEMORY_WAIT_MAX_US`] while a step meets the shortage again and
+//!    again, the first in its queue is refused, whatever the cause: there is no livelock.
 //!
 //! It does not find frames (`cache::eviction` does), nor decide who goes first.
 
@@ -90,7 +92,12 @@ impl Shard {
             let is_stuck =
                 self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
             let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
-            if !by_pins && (waited < patience || self.gives_memory_back()) {
+            // Reads may take each other's path away, each with a success now and then, and none of
+            // them ends.
+            let is_livelock = self.ctx.blocked.is_pressed(step, self.ctx.now)
+                && self.ctx.now >= self.ctx.replied_at + MEMORY_WAIT_MAX_US;
+            let waits = waited < patience || self.gives_memory_back();
+            if !by_pins && waits && !is_livelock {
                 continue;
             }
             let error = match &self.ctx.failed {

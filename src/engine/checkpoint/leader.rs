@@ -16,7 +16,7 @@
 
 use crate::base::{BLOCK, Lsn, ShardId};
 use crate::engine::life::Closing;
-use crate::engine::message::{Begin, Contribution, Message, NewEpoch};
+use crate::engine::message::{Begin, Contribution, Message, NewEpoch, Pace};
 use crate::engine::{Response, Shard, Step, Token};
 use crate::format::extent::{TABLE_ROWS, TableRow, encode_table, table_crc, table_offset};
 use crate::format::superblock::{SUPERBLOCK_BYTES, Superblock, VShardState};
@@ -73,7 +73,7 @@ pub(in crate::engine) struct Leader {
     /// readers leave.
     superblock_frames: Vec<Frame>,
     phase: Phase,
-    wanted: bool,
+    wanted: Option<Pace>,
     /// Who has not begun, or is not ready.
     left: u16,
     begin: Option<Begin>,
@@ -155,10 +155,22 @@ impl Shard {
     }
 
     /// Some shard wants a checkpoint.
-    pub(in crate::engine) fn checkpoint_wanted(&mut self) {
+    pub(in crate::engine) fn checkpoint_wanted(&mut self, pace: Pace) {
         assert!(self.leads(), "a checkpoint is asked of {:?}, which does not lead", self.ctx.id);
-        self.checkpoint.leader.wanted = true;
+        self.checkpoint.leader.wanted = self.checkpoint.leader.wanted.max(Some(pace));
         self.ctx.need_all();
+    }
+
+    /// A shard waits for the end of the checkpoint under way: all of them hurry.
+    pub(in crate::engine) fn hurry_asked(&mut self) {
+        assert!(self.leads(), "hurry is asked of {:?}, which does not lead", self.ctx.id);
+        // It may have ended meanwhile.
+        if let Some(begin) = &mut self.checkpoint.leader.begin
+            && begin.pace == Pace::Spread
+        {
+            begin.pace = Pace::Urgent;
+            self.tell_all(|| Message::Hurry);
+        }
     }
 
     /// A shard has redone its part of the log.
@@ -193,7 +205,7 @@ impl Shard {
         let new_epoch =
             self.checkpoint.leader.new_epoch.filter(|_| self.checkpoint.leader.redone == all);
         let clean = self.checkpoint.leader.quiet == all && !self.checkpoint.leader.closing;
-        if new_epoch.is_none() && !clean && !self.checkpoint.leader.wanted {
+        if new_epoch.is_none() && !clean && self.checkpoint.leader.wanted.is_none() {
             return;
         }
         // Before the last checkpoint no other is needed: it covers all.
@@ -202,9 +214,11 @@ impl Shard {
         }
         self.checkpoint.leader.assert_state();
         self.checkpoint.leader.closing = clean;
-        self.checkpoint.leader.wanted = false;
+        let wanted = self.checkpoint.leader.wanted.take();
         self.checkpoint.leader.left = all;
-        let begin = Begin { new_epoch, clean };
+        let is_last_or_first = new_epoch.is_some() || clean;
+        let pace = wanted.filter(|_| !is_last_or_first).unwrap_or(Pace::Urgent);
+        let begin = Begin { new_epoch, clean, pace };
         self.checkpoint.leader.begin = Some(begin);
         self.checkpoint.leader.enter(Phase::Beginning);
         self.tell_all(|| Message::Begin(begin));

@@ -31,9 +31,10 @@ mod capture;
 
 use self::leader::Leader;
 use crate::base::error::Error;
-use crate::base::{Lsn, NodeIdx, PageIdx, ShardId, VShard};
-use crate::engine::message::{Begin, Contribution, Message};
+use crate::base::{Lsn, Micros, NodeIdx, PageIdx, ShardId, VShard};
+use crate::engine::message::{Begin, Contribution, Message, Pace};
 use crate::engine::reservations::dirty_nodes_are_many;
+use crate::engine::writeback::Spread;
 use crate::engine::{OpKind, Response, Shard, Token};
 use crate::format::superblock::{LogEnd, Superblock};
 use crate::io::{Completion, DiskOp};
@@ -78,6 +79,9 @@ pub(in crate::engine) struct Checkpoint {
     phase: Phase,
     /// The leader has been asked for it.
     asked: bool,
+    /// The next LSN of the store as last seen, and since when it has been so.
+    next_lsn: Lsn,
+    next_lsn_since: Micros,
     begin: Option<Begin>,
     redo: Lsn,
     /// Operations of this phase under way.
@@ -99,6 +103,8 @@ pub(in crate::engine) struct Checkpoint {
 const LEFT_PER_FRAME_MAX: usize = 8;
 /// Writes of nodes and roots under way, before another virtual shard is captured.
 const NODE_OPS_MAX: u32 = 64;
+/// For how long nothing has been committed before a store is idle.
+const IDLE_US: Micros = 1_000_000;
 /// Roots that gather before they are written, so that neighbours go together.
 const ROOTS_AT_A_TIME: usize = 64;
 
@@ -117,6 +123,8 @@ impl Checkpoint {
         Checkpoint {
             phase: Phase::default(),
             asked: false,
+            next_lsn: Lsn::ZERO,
+            next_lsn_since: 0,
             begin: None,
             redo: Lsn::default(),
             ops: 0,
@@ -185,6 +193,8 @@ impl Shard {
         );
         self.checkpoint.enter(phase);
         self.ctx.checkpoint.active = phase != Phase::Idle;
+        self.ctx.checkpoint.is_urgent = self.life.opening
+            || self.checkpoint.begin.is_some_and(|begin| begin.pace == Pace::Urgent);
         self.ctx.checkpoint.wants_pages = phase == Phase::Pages;
         self.ctx.checkpoint.wants_groups = !matches!(phase, Phase::Idle | Phase::Told);
     }
@@ -193,13 +203,14 @@ impl Shard {
         if self.ctx.failed.is_some() {
             return;
         }
+        self.ask_for_hurry();
         match self.checkpoint.phase {
-            Phase::Idle
-                if (self.ctx.checkpoint.wanted || self.checkpoint_is_due())
-                    && !self.checkpoint.asked =>
-            {
-                self.checkpoint.asked = true;
-                self.ctx.send(ShardId::LEADER, Message::WantCheckpoint);
+            Phase::Idle if !self.checkpoint.asked => {
+                self.note_next_lsn();
+                if let Some(pace) = self.checkpoint_due() {
+                    self.checkpoint.asked = true;
+                    self.ctx.send(ShardId::LEADER, Message::WantCheckpoint(pace));
+                }
             }
             Phase::Told => self.begin_when_ready(),
             Phase::Watermark
@@ -227,13 +238,63 @@ impl Shard {
         }
     }
 
-    /// Whether the log or the list of blocks to be retired has become long enough, or enough nodes
-    /// are dirty. Checkpoints for the sake of space are asked for [there](Self::advance_space).
-    fn checkpoint_is_due(&self) -> bool {
+    /// Whether a checkpoint is due, and how fast it must be: somebody asks for one, the log or the
+    /// list of blocks to be retired has become long, many nodes are dirty, or the shard is idle.
+    /// Checkpoints for the sake of space are asked for [there](Self::advance_space).
+    fn checkpoint_due(&self) -> Option<Pace> {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
         let memory_is_used = self.space.extents.pending_free_count() > left_max
             || dirty_nodes_are_many(&self.map, &self.ctx.limits);
-        self.log.is_long() || (!self.life.opening && memory_is_used)
+        if self.ctx.checkpoint.wanted || (!self.life.opening && memory_is_used) {
+            return Some(Pace::Urgent);
+        }
+        let is_idle = self.idle_checkpoint_due().is_some_and(|due| self.ctx.now >= due);
+        (self.log.is_long() || is_idle).then_some(Pace::Spread)
+    }
+
+    /// Notes whether any shard has committed something: a checkpoint is one of all shards.
+    fn note_next_lsn(&mut self) {
+        let next = self.ctx.order.next();
+        if self.checkpoint.next_lsn != next {
+            (self.checkpoint.next_lsn, self.checkpoint.next_lsn_since) = (next, self.ctx.now);
+        }
+    }
+
+    /// When a store that does nothing begins a checkpoint, after which it opens at once: only if
+    /// there is something to write, so one is enough.
+    pub(in crate::engine) fn idle_checkpoint_due(&self) -> Option<Micros> {
+        let is_idle = self.checkpoint.phase == Phase::Idle
+            && !self.checkpoint.asked
+            && !self.life.opening
+            && self.life.closing.is_none()
+            && self.log.is_idle()
+            && self.writeback.is_idle()
+            && self.space.compaction.compactor.count() == 0
+            && self.map.dirty_count() > 0;
+        is_idle.then(|| self.checkpoint.next_lsn_since + IDLE_US)
+    }
+
+    /// If something here waits for the end of a checkpoint that takes its time, all shards are to
+    /// hurry: this one alone can't end it.
+    fn ask_for_hurry(&mut self) {
+        let waits = self.ctx.checkpoint.wanted || self.ctx.blocked.is_any();
+        if let Some(begin) = &mut self.checkpoint.begin
+            && begin.pace == Pace::Spread
+            && waits
+        {
+            begin.pace = Pace::Urgent;
+            self.ctx.checkpoint.is_urgent = true;
+            self.ctx.send(ShardId::LEADER, Message::AskForHurry);
+        }
+    }
+
+    /// Somebody waits for the end of the checkpoint under way.
+    pub(in crate::engine) fn hurry_checkpoint(&mut self) {
+        if let Some(begin) = &mut self.checkpoint.begin {
+            begin.pace = Pace::Urgent;
+            self.ctx.checkpoint.is_urgent = true;
+            self.ctx.need_all();
+        }
     }
 
     /// The leader begins a checkpoint.
@@ -308,6 +369,8 @@ impl Shard {
             }
         }
         self.writeback.await_versions(awaited);
+        let (written, left) = (self.log.blocks_written(), self.log.blocks_left());
+        self.writeback.spread(Spread::new(awaited, self.ctx.now, written, left));
         self.ctx.need_all();
     }
 

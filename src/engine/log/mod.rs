@@ -108,6 +108,8 @@ pub(crate) struct Log {
     next_generation: u64,
     next_number: u64,
     prev_crc: u32,
+    /// Blocks of all groups so far.
+    blocks_written: u64,
     growth: Growth,
     /// The group that takes records.
     pub open: OpenGroup,
@@ -127,6 +129,7 @@ impl Log {
             next_generation: 1,
             next_number: 1,
             prev_crc: 0,
+            blocks_written: 0,
             growth: Growth::new(segments_count),
             open: OpenGroup::new(chunks),
             in_flight: VecDeque::new(),
@@ -152,6 +155,22 @@ impl Log {
     /// Whether so much of the log is in use that a checkpoint should free some of it.
     pub(crate) fn is_long(&self) -> bool {
         self.segments_count() - self.free_segments() > self.segments_count() / 2
+    }
+
+    /// Blocks of all groups since the store was opened.
+    pub(crate) fn blocks_written(&self) -> u64 {
+        self.blocks_written
+    }
+
+    /// Blocks that can still be written before a checkpoint must have freed some.
+    pub(crate) fn blocks_left(&self) -> u64 {
+        let rest = self.active.map_or(0, |a| self.segment_blocks - a.block);
+        u64::from(rest) + self.free_segments() as u64 * u64::from(self.segment_blocks)
+    }
+
+    /// Whether no group is open or on its way to the device.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.open.is_empty() && self.in_flight.is_empty()
     }
 
     /// Whether there is room for a group of `blocks`.
@@ -236,6 +255,7 @@ impl Log {
             self.segment_blocks
         );
         active.block += blocks;
+        self.blocks_written += u64::from(blocks);
         active.max_lsn = active.max_lsn.max(last_lsn);
         self.next_number += 1;
         position

@@ -171,7 +171,7 @@ impl Shard {
     /// it must. If not, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, ahead: Ahead) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
-        let dirty = self.reservations.dirty_blocks + self.reservations.frees_unpublished;
+        let dirty = self.dirty_pages();
         let alone = ahead == Ahead::Nothing && dirty == 0;
         let pages_fit = alone || dirty + self.reservations.parts.changes + changes <= memory / 4;
         let nodes_fit = !dirty_nodes_fill_memory(&self.map, &self.ctx.limits);

@@ -329,7 +329,8 @@ impl Shard {
         let page = &mut self.cache.table.pages[idx];
         assert!(page.lsn <= lsn, "{:?} is at {:?}, and becomes {lsn:?}", page.key, page.lsn);
         page.lsn = lsn;
-        if page.dirty_from.is_none() {
+        let was_dirty = page.dirty_from.is_some();
+        if !was_dirty {
             page.dirty_from = Some(lsn);
             self.reservations.dirty_blocks += 1;
             self.space.freed_pages += u64::from(page.absent);
@@ -338,7 +339,13 @@ impl Shard {
         }
         if !page.queued {
             page.queued = true;
-            self.writeback.enqueue(idx, &mut self.ctx);
+            self.writeback.enqueue(idx);
+        } else if !was_dirty {
+            self.writeback.note_dirty();
+        }
+        self.writeback.note_activity(self.ctx.now);
+        if self.dirty_pages_are_many() {
+            self.ctx.need(Work::WriteBack);
         }
         self.cache.table.pages[idx].assert_state();
         self.wake_waiters(idx);

@@ -1,8 +1,8 @@
 //! Writes dirty pages to new blocks, and makes the map name them once they are durable.
 //!
 //! ```text
-//! Dirty --window, batch, pressure, checkpoint--> PageVersion --written--> awaits the watermark
-//!                                                                            --> in the map
+//! Dirty --demand, memory, checkpoint, idleness--> PageVersion --written--> awaits the watermark
+//!                                                                             --> in the map
 //! ```
 //! Invariants
 //! 1. A [`PageVersion`] is fixed: its frame is pinned until it is written, and later changes go to
@@ -10,10 +10,12 @@
 //! 2. A page has one version on its way from the queue at a time; another one may be on its way
 //!    with a group.
 //!
-//! When the map names a version is the business of `publish`.
+//! When pages are written is decided in `pace`; when the map names a version, in `publish`.
 
 pub(crate) mod plan;
+mod pace;
 mod publish;
+mod queue;
 
 use crate::base::error::Error;
 use crate::base::{BlockAddr, IndexedSlab, Lsn, Micros, PageIdx, PageVersionIdx};
@@ -25,8 +27,9 @@ use crate::engine::{Lack, OpKind, Shard, Step};
 use crate::format::extent::ItemKind;
 use crate::format::node::Entry;
 use crate::io::{DiskOp, FileId, IoSlice};
+pub(in crate::engine) use pace::Spread;
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 
 /// A version of a page on its way into the map. No entry: the page was freed.
 pub(in crate::engine) struct PageVersion {
@@ -50,8 +53,20 @@ impl AwaitingWatermark {
 #[derive(Default)]
 pub(in crate::engine) struct WriteBack {
     /// Dirty pages in the order in which they became so.
-    dirty: Vec<PageIdx>,
-    dirty_since: Micros,
+    dirty: VecDeque<PageIdx>,
+    /// Pages in the queue that are clean: their newest version went to its place with a group.
+    clean: usize,
+    /// When a page changed, a group became durable or dirty pages were taken last.
+    quiet_since: Micros,
+    /// A window has passed since then.
+    was_quiet: bool,
+    /// Somebody waits for clean pages.
+    hurried: bool,
+    /// Pages that found no place: the next attempt is not before this.
+    retry_at: Micros,
+    /// The pages of the checkpoint under way, if it does not hurry, and how many were taken.
+    spread: Option<Spread>,
+    spread_taken: u64,
     versions: IndexedSlab<PageVersionIdx, PageVersion>,
     /// Written versions that wait for the watermark.
     awaiting_watermark: BinaryHeap<AwaitingWatermark>,
@@ -68,24 +83,45 @@ pub(in crate::engine) struct WriteBack {
 /// Pages in flight to their places at most: enough for the queue of a fast device, few enough to
 /// leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
+/// The queue is swept when at least this many of its pages, and half of them, are clean: they keep
+/// map leaves in memory for nothing.
+const CLEAN_MIN: usize = 64;
 /// When dirty pages that found no place try again, if nothing else happens.
 const SPACE_RETRY_US: Micros = 100_000;
 
 impl WriteBack {
-    /// A page has changed: it goes to its place in time. The window begins with the first.
-    pub fn enqueue(&mut self, page: PageIdx, ctx: &mut Context) {
-        if self.dirty.is_empty() {
-            self.dirty_since = ctx.now;
-        }
-        self.dirty.push(page);
-        if self.dirty.len() >= ctx.limits.coalesce_batch_pages {
+    /// A page has changed, or a group is durable: the store is not idle.
+    pub fn note_activity(&mut self, now: Micros) {
+        (self.quiet_since, self.was_quiet) = (now, false);
+    }
+
+    /// A page has become dirty: it goes to its place in time.
+    pub fn enqueue(&mut self, page: PageIdx) {
+        self.dirty.push_back(page);
+    }
+
+    /// A page of the queue is clean now.
+    pub fn note_clean(&mut self, ctx: &mut Context) {
+        self.clean += 1;
+        if self.is_sweep_due() {
             ctx.need(Work::WriteBack);
         }
     }
 
-    /// Dirty pages are written as soon as they may be, and not when their window is over.
+    /// A clean page of the queue is dirty again.
+    pub fn note_dirty(&mut self) {
+        assert!(self.clean > 0, "a page of the queue is dirty again, and none was clean");
+        self.clean -= 1;
+    }
+
+    /// Whether enough pages of the queue are clean to look through all of it.
+    fn is_sweep_due(&self) -> bool {
+        self.clean >= CLEAN_MIN && 2 * self.clean >= self.dirty.len()
+    }
+
+    /// Dirty pages are written as soon as they may be.
     pub fn hurry(&mut self, ctx: &mut Context) {
-        self.dirty_since = 0;
+        self.hurried = true;
         ctx.need(Work::WriteBack);
     }
 
@@ -121,6 +157,13 @@ impl WriteBack {
         let before = self.checkpoint_versions;
         assert!(before == 0, "a checkpoint waits for {pages} pages, the one before for {before}");
         self.checkpoint_versions = pages;
+        self.spread = None;
+    }
+
+    /// The pages that the checkpoint waits for need not be written at once.
+    pub fn spread(&mut self, spread: Spread) {
+        self.spread = Some(spread);
+        self.spread_taken = 0;
     }
 
     /// Pages that the checkpoint under way waits for.
@@ -138,6 +181,7 @@ impl WriteBack {
     pub fn counts(&self) -> WriteBackCounts {
         WriteBackCounts {
             dirty: self.dirty.len(),
+            clean: self.clean,
             versions: self.versions.len(),
             page_writes: self.page_writes,
             behind_nodes: self.behind_nodes.len(),
@@ -152,8 +196,10 @@ impl WriteBack {
     allow(dead_code, reason = "only audits and messages of tests read all of it")
 )]
 pub(in crate::engine) struct WriteBackCounts {
-    /// Dirty pages in the queue.
+    /// Pages in the queue.
     pub dirty: usize,
+    /// Those of them that are clean.
+    pub clean: usize,
     /// Versions on their way into the map.
     pub versions: usize,
     /// Pages being written.
@@ -163,66 +209,27 @@ pub(in crate::engine) struct WriteBackCounts {
 }
 
 impl Shard {
-    /// Writes dirty pages if the batch is full, the window is over, or somebody presses.
+    /// Writes the dirty pages that are due.
     pub(in crate::engine) fn write_back(&mut self) {
         if self.ctx.failed.is_some() {
             return;
         }
         self.write_moves();
         if std::mem::take(&mut self.space.granted) {
-            self.writeback.dirty_since = 0;
+            (self.writeback.hurried, self.writeback.retry_at) = (true, 0);
         }
-        let pressed = self.ctx.checkpoint.wants_pages || self.life.closing.is_some();
-        let due = self.writeback.dirty.len() >= self.ctx.limits.coalesce_batch_pages
-            || self.ctx.now
-                >= self.writeback.dirty_since.saturating_add(self.ctx.limits.coalesce_window_us);
-        let stuck = self.writeback.stuck_until.is_some() && !pressed;
-        if self.writeback.dirty.is_empty()
-            || !(due || pressed)
-            || stuck
-            || self.writeback.page_writes >= PAGE_WRITES_MAX
-        {
+        self.sweep_queue();
+        self.note_quiet();
+        let Some(due) = self.pages_due() else { return };
+        let stuck = self.writeback.stuck_until.is_some() && !due.above_watermark;
+        let room = PAGE_WRITES_MAX.saturating_sub(self.writeback.page_writes).min(due.pages);
+        if self.writeback.dirty.is_empty() || stuck || room == 0 {
             return;
         }
-        let mut stuck_at = Lsn::MAX;
-        let mut take = Vec::new();
-        let mut later = Vec::new();
-        let watermark = self.ctx.order.watermark();
-        let room = PAGE_WRITES_MAX - self.writeback.page_writes;
-        for idx in std::mem::take(&mut self.writeback.dirty) {
-            let page = &mut self.cache.table.pages[idx];
-            assert!(page.queued, "{:?} stands in the queue, and does not say so", page.key);
-            if page.dirty_from.is_none() {
-                // Its newest version went to its place with a group.
-                page.queued = false;
-                self.ctx.stats.absorbed_writes += 1;
-                self.unpin_if_clean(idx);
-            } else if page.image.is_some()
-                || page.versions > 0
-                || (page.lsn > watermark && !pressed)
-                || take.len() >= room
-            {
-                if page.lsn > watermark {
-                    stuck_at = stuck_at.min(page.lsn);
-                }
-                later.push(idx);
-            } else {
-                page.queued = false;
-                take.push(idx);
-            }
-        }
-        self.writeback.stuck_until = (take.is_empty() && !later.is_empty()).then_some(stuck_at);
-        self.writeback.dirty = later;
-        self.writeback.dirty_since = self.ctx.now;
+        self.writeback.hurried = false;
+        self.writeback.quiet_since = self.ctx.now;
+        let take = self.take_dirty(due, room);
         self.capture_pages(take);
-    }
-
-    /// Whether dirty pages can go to their places when their window is over: a deadline while they
-    /// can't would be due again and again, for nothing. What they wait for then, a completion or
-    /// the watermark, brings a turn.
-    fn may_write_back(&self) -> bool {
-        let has_room = self.writeback.page_writes < PAGE_WRITES_MAX || planted!(DeadlineInThePast);
-        !self.writeback.dirty.is_empty() && self.writeback.stuck_until.is_none() && has_room
     }
 
     fn capture_pages(&mut self, mut take: Vec<PageIdx>) {
@@ -246,7 +253,7 @@ impl Shard {
             else {
                 let page = &mut self.cache.table.pages[idx];
                 page.queued = true;
-                self.writeback.dirty.push(idx);
+                self.writeback.dirty.push_back(idx);
                 found_none = true;
                 continue;
             };
@@ -257,7 +264,7 @@ impl Shard {
         self.write_versions(blocks);
         if found_none {
             self.ctx.blocked.register(Step::WriteBack, Lack::Space);
-            self.writeback.dirty_since = self.ctx.now + SPACE_RETRY_US;
+            self.writeback.retry_at = self.ctx.now + SPACE_RETRY_US;
         }
         // Commits have reserved a block for each page; a redo reserves none, and the checkpoint
         // that ends it waits for its pages.
@@ -292,6 +299,9 @@ impl Shard {
             page.dirty_from
         );
         page.dirty_from = None;
+        if page.queued {
+            self.writeback.note_clean(&mut self.ctx);
+        }
         self.reservations.dirty_blocks -= 1;
         self.ctx.room_changed();
         if page.absent {
@@ -385,13 +395,6 @@ impl Shard {
             self.ctx.stats.pages_moved += 1;
         }
         self.write_versions(blocks);
-    }
-
-    /// When dirty pages are due, if nothing else happens.
-    pub(in crate::engine) fn write_back_due(&self) -> Option<Micros> {
-        let (now, window) = (self.ctx.now, self.ctx.limits.coalesce_window_us);
-        let since = self.writeback.dirty_since.max(now.saturating_sub(window));
-        self.may_write_back().then_some(since + window)
     }
 
     /// A write of pages has ended.
