@@ -1,7 +1,8 @@
-//! Counts that are kept in step with what they count, counted anew: for tests.
+//! Recounts what a shard counts and compares the two: for tests.
 //!
-//! If one drifts nothing is lost, and nothing is noticed: admission refuses too early or too late
-//! from then on, and some day the store hangs. So the simulator asks in the middle of its runs.
+//! If a count drifts, nothing is lost and nothing is noticed: from then on admission refuses too
+//! early or too late, and some day the store hangs. So the simulator calls this in the middle of
+//! its runs.
 
 use super::blocked::{LACKS, Lack};
 use super::budget::request_weight;
@@ -16,7 +17,7 @@ use std::fmt::{Debug, Display};
 
 impl Shard {
     /// # Errors
-    /// The count that has drifted. After a failure nobody counts any more.
+    /// The count that has drifted. After a failure the counts are no longer kept.
     pub fn audit(&self) -> Result<(), String> {
         if self.ctx.failed.is_some() {
             return Ok(());
@@ -95,7 +96,7 @@ impl Shard {
         same("what is reserved for parts", self.reservations.parts, reserved)
     }
 
-    /// Whether every version that is on its way from the table into the map is known to both ends.
+    /// Checks that every version on its way from the table into the map is known to both.
     fn audit_versions(&self) -> Result<(), String> {
         let mut on_their_way: BTreeMap<PageIdx, usize> = BTreeMap::new();
         let captured = self.writeback.versions().map(|version| version.page);
@@ -120,8 +121,8 @@ impl Shard {
         Ok(())
     }
 
-    /// Whether all that could leave memory is known to the eviction policy, and nothing is kept for
-    /// nobody.
+    /// Checks that the eviction policy knows everything that could leave memory, and that nothing
+    /// is kept without a reason.
     fn audit_memory(&self) -> Result<(), String> {
         for (idx, page) in self.cache.table.pages.iter().filter(|(_, page)| page.is_unreferenced())
         {
@@ -143,7 +144,7 @@ impl Shard {
     }
 
     /// # Errors
-    /// Somebody who waits without anybody who would wake it.
+    /// A step or a request that waits, and that nothing will wake.
     fn audit_blocked(&self) -> Result<(), String> {
         if self.ctx.blocked.refusals() > 0 && !self.ctx.blocked.lacks_memory() {
             return Err(format!(
@@ -151,7 +152,7 @@ impl Shard {
                 self.ctx.blocked.refusals()
             ));
         }
-        // What parts of commits over shards have reserved is given back when the decision arrives,
+        // Parts of commits over shards give back what they have reserved when the decision arrives,
         // by message.
         let under_way = !self.ctx.ops.is_empty()
             || self.ctx.checkpoint.is_wanted_or_active()
@@ -204,7 +205,7 @@ impl Shard {
         let freed = pages()
             .filter(|page| page.frame.is_none() && page.holds == 0 && page.leaf.is_some())
             .count() as u64;
-        // A commit goes alone if it must, and so does a part.
+        // A commit may go alone if it must, and so may a part.
         let most = blocks / 4 + 2 * self.ctx.limits.txn_bytes_max / FREE_BYTES;
         if freed > most {
             return Err(format!(

@@ -1,21 +1,23 @@
-//! Who is blocked in a shard, and by what: one rule for waiting instead of a list of cases.
+//! Records which steps of a shard are blocked, and by what: one rule for waiting instead of a list
+//! of cases.
 //!
 //! Every lap of a turn tries every step, and a step that finds a shortage registers itself. So
-//! after a turn the set says exactly who waits now, and the audit can ask of each who will wake it.
+//! after a turn the set says exactly which steps wait, and the audit can check for each what will
+//! wake it.
 //!
 //! Invariants
 //! 1. A step that stops for memory, log room, space, the watermark or a node write is registered in
 //!    the lap in which it stops; [`Shard::ensure_frames`](super::Shard::ensure_frames) registers
 //!    its caller itself.
-//! 2. Whoever is registered is woken by something under way, or by a deadline. Memory always has a
-//!    deadline: readers drop their pages on other threads and tell nobody.
+//! 2. Something in progress, or a deadline, wakes each registered step. Memory always has a
+//!    deadline: readers drop their pages on other threads without notice.
 //! 3. A step keeps the time since when it has been blocked without a success, and since when again
 //!    and again. The first in its queue gets `Busy` if pages pinned by readers are the cause, after
 //!    [`MEMORY_WAIT_US`] without a success or [`MEMORY_WAIT_MAX_US`] with some; and after
 //!    [`MEMORY_WAIT_MAX_US`] without one whatever the cause is, unless a write under way will give
-//!    memory back. Dirty map nodes are never left to be the cause: a checkpoint is asked for.
+//!    memory back. Dirty map nodes never remain the cause: a checkpoint is requested.
 //!
-//! It does not decide who goes first: each queue is first in, first out.
+//! It does *not* decide which request goes first: each queue is first in, first out.
 
 use crate::base::{Lsn, Micros};
 
@@ -23,15 +25,15 @@ use crate::base::{Lsn, Micros};
 pub(super) const MEMORY_RETRY_US: Micros = 10_000;
 /// How long the first in a queue waits for memory that readers have pinned.
 const MEMORY_WAIT_US: Micros = 1_000_000;
-/// How long it waits at most, whatever holds the memory: nothing that the shard does by itself
-/// takes that long.
+/// How long it waits at most, whatever holds the memory: no work of the shard itself takes that
+/// long.
 pub(super) const MEMORY_WAIT_MAX_US: Micros = 10_000_000;
-/// After how long a shortage counts as one of memory, and not only as one of frames between two
-/// completions.
+/// How long frames must be short before that counts as a shortage of memory, and not just as one
+/// between two completions.
 pub(super) const SHORTAGE_US: Micros = 100_000;
-/// A step that has not been blocked for so long begins to wait anew.
+/// A step that has not been blocked for this long starts a new wait.
 const FORGOTTEN_US: Micros = 10 * MEMORY_RETRY_US;
-/// The most map nodes that are above a page, its leaf included: who reads it needs them.
+/// The most map nodes above a page, including its leaf: a read of the page needs them.
 pub(super) const PATH_NODES: u32 = 9;
 
 /// A step of the shard that may have to wait.
@@ -39,7 +41,7 @@ pub(super) const PATH_NODES: u32 = 9;
 pub(super) enum Step {
     /// The first commit that is ready.
     Commit,
-    /// A vote on a part of a commit over shards: it says "not now", and is asked again.
+    /// A vote on a part of a commit over shards: it votes "busy", and is asked again.
     Vote,
     /// Commits over shards that have all votes.
     Decide,
@@ -68,7 +70,7 @@ impl Step {
     }
 }
 
-/// Who waits in these is refused in the end.
+/// The steps whose requests are refused in the end.
 pub(super) const REFUSED: [Step; 4] = [Step::Commit, Step::Redo, Step::NodeRead, Step::PageRead];
 
 /// What a step waits for.
@@ -84,7 +86,7 @@ pub(super) enum Lack {
     WriteBack,
     /// The watermark.
     Watermark,
-    /// A part of a commit over shards in front, to be voted for.
+    /// A part of a commit over shards that is in front and has to be voted for.
     Turn,
 }
 
@@ -95,32 +97,32 @@ pub(super) const LACKS: [Lack; 6] =
 #[derive(Clone, Copy, Default, Debug)]
 struct Shortage {
     since: Micros,
-    /// The same, with successes in between: since when it has been met again and again.
+    /// Since when it has been blocked again and again, with successes in between.
     pressed_since: Micros,
-    /// When it was met last.
+    /// When it was last blocked.
     met_at: Micros,
-    /// There was no success since.
+    /// Whether there was no success since.
     is_blocked: bool,
-    /// Frames that must be free, those that are left alone included.
+    /// Frames that must be free, including those that are left alone.
     frames: u32,
 }
 
 /// Who is blocked.
 #[derive(Default, Debug)]
 pub(super) struct Blocked {
-    /// By lack: a bit for each step.
+    /// For each lack, a bit for each step.
     steps: [u16; LACKS.len()],
     memory: [Shortage; STEPS],
     /// Requests for frames that failed in this lap: each has a step registered.
     refusals: u32,
-    /// The watermark that somebody waits for because too much is allocated above it.
+    /// The watermark that a step waits for because too much is allocated above it.
     far_ahead: Option<Lsn>,
-    /// When it was looked last into who has the memory.
+    /// When the shard last determined what has the memory.
     pub(super) judged_at: Micros,
 }
 
 impl Blocked {
-    /// A new lap begins: whoever is still blocked says so again.
+    /// Begins a lap: steps that are still blocked register again.
     pub(super) fn begin_lap(&mut self) {
         self.steps = Default::default();
         self.refusals = 0;
@@ -131,7 +133,7 @@ impl Blocked {
         self.steps[lack as usize] |= 1 << step as usize;
     }
 
-    /// `step` waits until the watermark has reached `lsn`.
+    /// Registers that `step` waits until the watermark has reached `lsn`.
     pub(super) fn wait_for_watermark(&mut self, step: Step, lsn: Lsn) {
         self.register(step, Lack::Watermark);
         self.far_ahead = Some(self.far_ahead.map_or(lsn, |before| before.min(lsn)));
@@ -161,7 +163,7 @@ impl Blocked {
         self.steps[Lack::Memory as usize] != 0
     }
 
-    /// `step` found fewer than `frames` free.
+    /// Registers that `step` found fewer than `frames` free.
     pub(super) fn refuse_frames(&mut self, step: Step, frames: u32, now: Micros) {
         self.refusals += 1;
         if planted!(MemoryWaiterForgotten) {
@@ -179,7 +181,7 @@ impl Blocked {
         (shortage.met_at, shortage.is_blocked, shortage.frames) = (now, true, frames);
     }
 
-    /// `step` found its frames.
+    /// Records that `step` found its frames.
     pub(super) fn grant_frames(&mut self, step: Step) {
         self.memory[step as usize].is_blocked = false;
     }
@@ -189,20 +191,21 @@ impl Blocked {
         self.is_blocked(step, Lack::Memory).then(|| now - self.memory[step as usize].since)
     }
 
-    /// Whether `step` has been blocked by memory for so long that it is to be judged who has it:
-    /// without a success, or again and again. A read that gets a frame each time that another
-    /// request is refused would not end otherwise.
+    /// Whether `step` has been blocked by memory for so long, without a success or again and again,
+    /// that the shard must determine what has it. Otherwise a read that gets a frame each time
+    /// another request is refused would never end.
     pub(super) fn is_to_be_judged(&self, step: Step, now: Micros) -> bool {
         self.waited(step, now)
             .is_some_and(|waited| waited >= MEMORY_WAIT_US || self.is_pressed(step, now))
     }
 
-    /// Whether `step` has met the shortage again and again for as long as anybody waits at most.
+    /// Whether `step` has been blocked again and again for the longest time that a request may
+    /// wait.
     pub(super) fn is_pressed(&self, step: Step, now: Micros) -> bool {
         now - self.memory[step as usize].pressed_since >= MEMORY_WAIT_MAX_US
     }
 
-    /// Frames that `step` found missing when it was refused last.
+    /// Frames that `step` lacked when it was last refused.
     pub(super) fn missed_frames(&self, step: Step) -> u32 {
         self.memory[step as usize].frames
     }

@@ -1,4 +1,4 @@
-//! Builds a shard from what recovery has found, with nothing under way.
+//! Builds a shard from what recovery has found, with nothing in progress.
 
 use super::Shard;
 use super::cache::PageCache;

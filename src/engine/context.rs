@@ -1,5 +1,5 @@
-//! What every component of a shard is given: who the shard is, the time, its memory, and where
-//! effects go.
+//! What every component of a shard gets: the shard's identity, the time, its memory, and the queue
+//! of effects.
 //!
 //! Invariants
 //! 1. Effects leave in the order in which they were made.
@@ -25,13 +25,13 @@ use crate::memory::Arena;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-/// What components other than the checkpoint itself ask of it, or act upon. Only
-/// [`Context::need_checkpoint`] and the checkpoint write it.
+/// What other components request of the checkpoint, or act upon. Only [`Context::need_checkpoint`]
+/// and the checkpoint write it.
 #[derive(Clone, Copy, Default, Debug)]
 pub(super) struct CheckpointStatus {
-    /// One is to begin, once the one under way has ended.
+    /// Whether one must begin once the current one has ended.
     pub wanted: bool,
-    /// One is under way.
+    /// Whether one is in progress.
     pub active: bool,
     /// Dirty pages must go to their places.
     pub wants_pages: bool,
@@ -47,19 +47,19 @@ impl CheckpointStatus {
     }
 }
 
-/// The surroundings of a shard's components.
+/// The state that a shard's components share.
 pub(super) struct Context {
     pub id: ShardId,
     pub shard_map: ShardMap,
     pub limits: Limits,
     pub order: Arc<GlobalOrder>,
-    /// Microseconds, as passed to the turn under way.
+    /// The time in microseconds, as passed to the current turn.
     pub now: Micros,
     pub arena: Arena,
     pub stats: ShardStats,
     /// Which steps wait, and for what.
     pub blocked: Blocked,
-    /// Operations under way.
+    /// Operations in flight.
     pub ops: IndexedSlab<OpIdx, OpKind>,
     pub effects: VecDeque<Effect>,
     /// Messages to this shard itself.
@@ -70,12 +70,12 @@ pub(super) struct Context {
     pub due: Option<Micros>,
     /// Why this shard has stopped writing.
     pub failed: Option<Error>,
-    /// What made it stop, until whoever waits has been told: see
+    /// What made it stop, until all waiting requests have been answered: see
     /// [`Shard::tell_failure`](super::Shard).
     pub failure_cause: Option<Error>,
     /// The newest superblock that is durable. Only the end of a checkpoint replaces it.
     pub superblock: Superblock,
-    /// What other components may ask of checkpoints, and know of the one under way.
+    /// What other components may request of checkpoints, and know about the current one.
     pub checkpoint: CheckpointStatus,
     /// When a request was answered last.
     pub replied_at: Micros,
@@ -118,19 +118,19 @@ impl Context {
         }
     }
 
-    /// A step has work.
+    /// Records that a step has work.
     pub fn need(&mut self, work: Work) {
         self.work.add(work);
     }
 
-    /// Space, log room or memory for map nodes was taken or given back: the steps that keep some
-    /// free look again.
+    /// Called when space, log room or memory for map nodes was taken or given back: the steps that
+    /// keep some free look again.
     pub fn room_changed(&mut self) {
         self.need(Work::Space);
         self.need(Work::Checkpoint);
     }
 
-    /// Somebody waits for what the open group holds, if it holds anything.
+    /// Called when something waits for what the open group holds, if it holds anything.
     pub fn press(&mut self, open: &mut OpenGroup) {
         if !open.is_empty() {
             open.urgent = true;
@@ -138,12 +138,12 @@ impl Context {
         }
     }
 
-    /// Every step may have work.
+    /// Records that every step may have work.
     pub fn need_all(&mut self) {
         self.work = WorkSet::ALL;
     }
 
-    /// Carries a message to another shard, or keeps it for this one.
+    /// Sends a message to another shard, or keeps it for this one.
     pub fn send(&mut self, to: ShardId, message: Message) {
         if to == self.id {
             self.loopback.push_back(message);
@@ -161,7 +161,7 @@ impl Context {
         self.effects.push_back(Effect::Submit(OpId(id.index() as u64), op));
     }
 
-    /// A checkpoint is to begin, once the one under way has ended.
+    /// Requests a checkpoint, once the current one has ended.
     pub fn need_checkpoint(&mut self) {
         if !self.checkpoint.wanted {
             self.checkpoint.wanted = true;
@@ -169,7 +169,7 @@ impl Context {
         }
     }
 
-    /// A write or a flush failed: nothing is acknowledged from now on, by any shard.
+    /// Called when a write or a flush has failed: from now on no shard acknowledges anything.
     pub fn fail(&mut self, error: Error) {
         if self.failed.is_some() {
             return;
@@ -181,7 +181,7 @@ impl Context {
         self.stop(error);
     }
 
-    /// This or another shard has failed.
+    /// Called when this or another shard has failed.
     pub fn stop(&mut self, error: Error) {
         if self.failed.is_some() {
             return;

@@ -1,4 +1,4 @@
-//! What a shard waits for, in words: for messages about runs that hang, and for debuggers.
+//! Describes what a shard waits for: for messages about runs that hang, and for debuggers.
 
 use super::Shard;
 #[cfg(any(test, feature = "sim"))]
@@ -8,13 +8,13 @@ use crate::base::Lsn;
 
 #[cfg(any(test, feature = "sim"))]
 impl Shard {
-    /// Which request got which LSN, in order, since last asked: also for commits that are never
+    /// Which request got which LSN, in order, since the last call, including commits that are never
     /// answered.
     pub fn take_allocated(&mut self) -> Vec<(Token, Lsn)> {
         std::mem::take(&mut self.ctx.allocated)
     }
 
-    /// What it waits for, for the message about a run that hangs.
+    /// Describes what the shard waits for.
     pub fn dump_state(&self) -> String {
         format!(
             "{:?} with {} pending free and {} coming, {} pending, {} ready, {} finished, {} ops, {} \

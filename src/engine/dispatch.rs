@@ -1,5 +1,5 @@
-//! Requests of callers: each is checked, then answered at once or brought to the component that it
-//! concerns.
+//! Dispatches requests of callers: each is checked, then answered at once or passed to the
+//! component that it concerns.
 //!
 //! Invariants
 //! 1. A request is answered exactly once: at once if it is refused or its pages are in memory.
@@ -20,7 +20,7 @@ use crate::base::metrics::ShardStats;
 use smallvec::SmallVec;
 
 impl Shard {
-    /// Whether more requests may be brought; false is back-pressure.
+    /// Whether more requests may be passed in; false is back-pressure.
     pub fn accepting(&self) -> bool {
         self.requests.pending.len() + self.coordinator.commits_count()
             < self.ctx.limits.requests_max
@@ -29,7 +29,7 @@ impl Shard {
             && !self.callers_are_behind()
     }
 
-    /// Brings a request; its reply comes as an effect, of this or a later turn.
+    /// Takes a request; its reply is an effect, of this or a later turn.
     pub fn request(&mut self, token: Token, request: Request) {
         if let Err(error) = self.admit_request(&request) {
             self.ctx.reply(token, Err(error));
@@ -70,8 +70,8 @@ impl Shard {
                     && upto > self.ctx.order.watermark()
                     && planted!(FlushForOwnShard);
                 let awaited = if own { self.ctx.order.watermark() } else { upto };
-                // Before the first commit of an epoch that is the last one of the state that was
-                // found.
+                // Before the first commit of an epoch, that is the last commit of the recovered
+                // state.
                 let said = if upto < self.ctx.superblock.epoch_first_lsn {
                     self.redo.recovered_lsn
                 } else {

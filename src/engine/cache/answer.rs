@@ -1,8 +1,8 @@
-//! Answers to reads of pages: at once if all pages are in memory, else when the last one has come.
+//! Answers reads of pages: at once if all pages are in memory, else when the last one has arrived.
 //!
 //! Invariants
-//! 1. A read of pages that are cached, or absent as far as the map in memory says, is no request
-//!    that waits, and makes no work for a turn.
+//! 1. A read of pages that are cached, or absent according to the map in memory, does not become a
+//!    pending request, and makes no work for a turn.
 //! 2. A reader gets the newest version, durable or not, with the LSN that tells it which.
 
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx, VolumeId};
@@ -14,9 +14,9 @@ use crate::engine::{PageRef, Response, Shard};
 use smallvec::SmallVec;
 
 impl Shard {
-    /// These pages, if all are in memory, or absent by what is in memory of the map: then the read
-    /// is no request that waits, and makes no work. Else the request for them is to be begun: what
-    /// the map said of a page stands in the table then.
+    /// Returns these pages if all are in memory, or absent according to the part of the map in
+    /// memory: then the read does not become a pending request, and makes no work. Else the caller
+    /// must begin a request for them; the table then has what the map says about them.
     pub(in crate::engine) fn cached(&mut self, keys: &[PageKey]) -> Option<SmallVec<[PageRef; 1]>> {
         let watermark = self.ctx.order.watermark();
         // `None`: absent, by the map.
@@ -49,7 +49,8 @@ impl Shard {
         Some(pages)
     }
 
-    /// Counts pages that a caller gets, `hits` of which were in memory when it asked.
+    /// Counts the pages that a caller gets, `hits` of which were in memory when they were
+    /// requested.
     fn count_read_pages(&mut self, pages: &[PageRef], is_catalog: bool, hits: u32) {
         let (count, stats) = (pages.len() as u64, &mut self.ctx.stats);
         if is_catalog {
@@ -69,7 +70,8 @@ impl Shard {
             !self.requests.pending[waiter].is_waiting(),
             "{waiter:?} is answered, and waits for a page"
         );
-        // Before the release: the table keeps no entry of an absent page for which nobody asks.
+        // Before the release, since the table keeps no entry of an absent page that no request
+        // names.
         let watermark = self.ctx.order.watermark();
         let pages = self.requests.pending[waiter]
             .pages

@@ -1,10 +1,10 @@
-//! Memory for what is asked for: which pages and map nodes leave it is the policy's choice (see
-//! `pool::eviction`).
+//! Frees memory for requests; the policy chooses which pages and map nodes leave it (see
+//! `memory::eviction`).
 //!
 //! Invariants
-//! 1. What has memory and is referenced by nothing is listed with the policy; what has none and is
-//!    referenced by nothing is not in the page table at all. [`Shard::reference_ended`] is called
-//!    wherever a reference to a page ends.
+//! 1. A page that has memory and no reference is listed with the policy; one that has neither is
+//!    not in the page table at all. [`Shard::reference_ended`] is called wherever a reference to a
+//!    page ends.
 //! 2. A search for more frames than can be freed frees nothing, and costs little when it is
 //!    repeated.
 
@@ -15,12 +15,12 @@ use crate::engine::{Shard, Step};
 use crate::memory::{Owner, Residency, Residents, Standing};
 use smallvec::SmallVec;
 
-/// Blocks in the hands of readers that are looked at again when there is nothing else: about half a
-/// millisecond's work. Who waits for memory looks again a little later, and goes on where this
-/// ended.
+/// The most pinned blocks that are checked again when there is nothing else: about half a
+/// millisecond's work. A step that waits for memory checks again a little later, and continues
+/// where this ended.
 const PINNED_LOOKS_MAX: u32 = 4096;
 
-/// Those who have memory.
+/// Everything that has memory.
 struct InMemory<'a> {
     table: &'a mut Table,
     map: &'a mut Map,
@@ -50,9 +50,9 @@ impl Residents for InMemory<'_> {
 }
 
 impl Shard {
-    /// Frees memory until `frames` single frames can be had, besides those that parts of commits
+    /// Frees memory until `frames` single frames are available, besides those that parts of commits
     /// have reserved and, unless `step` is a checkpoint's, those that a checkpoint needs. If it
-    /// can't, `step` is registered as blocked.
+    /// can't, registers `step` as blocked.
     pub(in crate::engine) fn ensure_frames(&mut self, frames: u32, step: Step) -> bool {
         let kept = if step.is_of_checkpoint() { 0 } else { self.reservations.checkpoint_frames };
         let frames = frames + self.reservations.parts.frames + kept;
@@ -83,8 +83,9 @@ impl Shard {
         true
     }
 
-    /// Whether `missing` frames can be freed. A search in vain that evicts takes what somebody has
-    /// just read, who reads it again and goes on the same way: two of these go on without end.
+    /// Whether `missing` frames can be freed. If a failing search evicted, it would take what
+    /// another request has just read, which would read it again and do the same: two of these would
+    /// never end.
     fn can_free(&mut self, missing: u32) -> bool {
         self.count_idle(missing) || (self.look_at_pinned() && self.count_idle(missing))
     }
@@ -103,16 +104,16 @@ impl Shard {
         self.cache.eviction.evict_one(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
 
-    /// Looks again at some of what readers have pinned; whether they had let go of any.
+    /// Checks some of the pinned blocks again. Returns whether readers had released any.
     pub(in crate::engine) fn look_at_pinned(&mut self) -> bool {
         let mut in_memory = InMemory { table: &mut self.cache.table, map: &mut self.map };
         self.cache.eviction.look_at_pinned(&mut in_memory, self.ctx.now, PINNED_LOOKS_MAX)
     }
 
-    /// A reference to page `idx` has ended, or what it was loaded for is gone. Without memory it
-    /// needs no entry once nothing refers to it, since the map says the same of it: a store whose
-    /// clients ask for absent pages would grow without end. With memory it may go from now on. The
-    /// index may be another page's afterwards.
+    /// Called when a reference to page `idx` has ended, or the request that it was loaded for is
+    /// gone. Without memory and references it needs no entry, since the map says the same about it:
+    /// otherwise a store whose clients read absent pages would grow without limit. With memory it
+    /// may be evicted from now on. The index may belong to another page afterwards.
     pub(in crate::engine) fn reference_ended(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let Some(frame) = &page.frame else {
@@ -148,8 +149,9 @@ impl Shard {
 }
 
 impl Shard {
-    /// One thing less refers to the page. Without anything on its way it needs its map leaf no
-    /// more, and without memory no entry in the table: the index may be another page's afterwards.
+    /// Called when one reference less exists to the page. With nothing on its way it no longer
+    /// needs its map leaf, and without memory no entry in the table: the index may belong to
+    /// another page afterwards.
     pub(in crate::engine) fn unpin_if_clean(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let clean = page.holds == 0
@@ -163,7 +165,7 @@ impl Shard {
         self.reference_ended(idx);
     }
 
-    /// What is in memory, in words.
+    /// Describes what is in memory.
     pub(in crate::engine) fn memory(&self) -> String {
         let (resident, pages) = (self.cache.table.resident(), self.cache.table.pages.len());
         let (in_readers_hands, counts) =

@@ -1,5 +1,5 @@
-//! What a request holds in the table while it is under way: its pages, and the bytes of those that it
-//! needs.
+//! What a request holds in the table while it is in progress: its pages, and the bytes of those
+//! that it needs.
 //!
 //! Invariants
 //! 1. Each page of a pending request is held once for each time that the request names it, from
@@ -15,8 +15,8 @@ use crate::engine::{Change, Shard, Token};
 use smallvec::SmallVec;
 
 impl Shard {
-    /// The pages of a commit: those read, then those changed. To have read one was the use, not to
-    /// say so.
+    /// The pages of a commit: those read, then those changed. Naming a page that was read does not
+    /// count as a use.
     pub(in crate::engine) fn pages_of(
         &mut self,
         reads: &[(PageKey, Lsn)],
@@ -28,8 +28,8 @@ impl Shard {
         pages
     }
 
-    /// Registers a request and asks for its pages; `data(i)` says whether page `i` is needed with
-    /// its bytes.
+    /// Registers a request and requests its pages; `data(i)` says whether the bytes of page `i` are
+    /// needed.
     pub(in crate::engine) fn begin(
         &mut self,
         token: Option<Token>,
@@ -56,20 +56,19 @@ impl Shard {
         let waiter = self.requests.begin(token, kind, pages, with_data, weight);
         for i in 0..count {
             let idx = self.requests.pending[waiter].pages[i];
-            // Counted before it is asked for: the answer may come at once.
+            // Counted before it is requested, since the answer may come at once.
             self.requests.need_more(waiter);
             let needs = if data(i) { Needs::Bytes } else { Needs::Version };
             if self.want(idx, needs, waiter) {
                 self.requests.need_met(waiter, None, &mut self.ctx);
             }
         }
-        // The one that stood for "not all asked yet".
+        // This was the need that stood for "not all requested yet".
         self.requests.need_met(waiter, None, &mut self.ctx);
         waiter
     }
 
-    /// Ends a request: its pages may go, and those without memory are gone from the table
-    /// afterwards.
+    /// Ends a request: its pages may be evicted, and those without memory leave the table.
     pub(in crate::engine) fn release(&mut self, waiter: RequestIdx) -> Pending {
         let pending = self.requests.pending.remove(waiter);
         assert!(!pending.is_waiting(), "{waiter:?} ends, and waits for something");

@@ -1,18 +1,18 @@
-//! Reads of map nodes and pages: who waits for what, which goes first, and what arrives.
+//! Reads map nodes and pages: which requests wait for what, which goes first, and what arrives.
 //!
 //! ```text
 //! wanted (oldest request first) --a frame is free--> under way, its parent pinned
 //!                               --> arrived, checked --> the requests that wait go on
 //! ```
 //! Invariants
-//! 1. The oldest request gets the first frame, and goes on from node to node before younger ones:
-//!    so each gets to its page, however many there are and however little memory. Nodes and pages
-//!    take turns.
-//! 2. Nothing is pinned for a read that waits. When it is its turn the path to it may have left
-//!    memory: whoever asked looks again.
+//! 1. The oldest request gets the first frame, and proceeds from node to node before younger ones:
+//!    so each reaches its page, however many requests there are and however little memory. Nodes
+//!    and pages take turns.
+//! 2. Nothing is pinned for a read that waits. When its turn comes, the path to it may have left
+//!    memory: then the request looks it up again.
 //! 3. Bytes from the device become a page's content only if their checksum is the entry's, and the
 //!    entry is still the page's: a page changed meanwhile ignores a late read.
-//! 4. A block that can't be read costs no other page: what was read together is read apart then.
+//! 4. An unreadable block fails no other page: what was read together is then read separately.
 
 use crate::base::error::Error;
 use crate::base::{BlockAddr, NodeMoveIdx, PageIdx, RequestIdx};
@@ -28,25 +28,25 @@ use crate::memory::Frame;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// Blocks between two reads that are read too, to make one of them. With more, the bytes cost what
-/// the operations save (see decision 14).
+/// The most blocks between two reads that are also read to merge the two. With more, the bytes cost
+/// what the operations save (see decision 14).
 const READ_GAP_MAX: u32 = 1;
 
-/// What is to be read, once there is memory.
+/// Reads that wait for memory.
 #[derive(Default)]
 pub(in crate::engine) struct Wanted {
-    /// Nodes, by the age of who asked: the oldest goes first, so that it gets to its leaf whatever
-    /// others need.
+    /// Nodes, by the age of the request: the oldest goes first, so that it reaches its leaf
+    /// whatever others need.
     pub nodes: BTreeMap<u64, NodeWanted>,
-    /// The age that was given last.
+    /// The age that was assigned last.
     asked_last: u64,
     pub pages: Vec<PageIdx>,
-    /// Page reads were left without a frame: they come before nodes the next time.
+    /// Whether page reads were left without a frame: then they come before nodes the next time.
     pages_first: bool,
 }
 
 impl Wanted {
-    /// The age of one that asks now for the first time.
+    /// The age for a request that needs a node for the first time.
     pub fn next_age(&mut self) -> u64 {
         self.asked_last += 1;
         self.asked_last
@@ -62,7 +62,7 @@ pub(in crate::engine) enum NodeWaiter {
     Move(NodeMoveIdx, u64),
 }
 
-/// Those who wait for a node.
+/// Everything that waits for a node.
 #[derive(Default)]
 pub(in crate::engine) struct NodeWaiters {
     /// The age of the oldest, by which the node is wanted.
@@ -71,8 +71,8 @@ pub(in crate::engine) struct NodeWaiters {
 }
 
 impl Shard {
-    /// Asks for a node to be read, or joins those who wait for it. Whoever goes on from the node
-    /// above keeps its turn.
+    /// Requests the read of a node, or joins those that wait for it. A request that proceeds from
+    /// the node above keeps its turn.
     pub(in crate::engine) fn want_node(&mut self, key: NodeKey, child: Child, waiter: NodeWaiter) {
         let asked = match waiter {
             NodeWaiter::Page(idx) => &mut self.cache.table.pages[idx].asked,
@@ -87,8 +87,8 @@ impl Shard {
         waiters.list.push(waiter);
         let wanted = match waiters.list.len() {
             1 => Some(NodeWanted { key, child, parent: None }),
-            // It is as old as the oldest of those who wait for it: whoever is between them would
-            // else go first, and take its path.
+            // A read is as old as the oldest request that waits for it: otherwise a request between
+            // them in age would go first, and take its path.
             _ if asked < waiters.asked => self.cache.wanted.nodes.remove(&waiters.asked),
             _ => None,
         };
@@ -106,8 +106,7 @@ impl Shard {
         }
     }
 
-    /// Submits the reads that were asked for, nodes and pages in turns if there is no memory for
-    /// all.
+    /// Submits the waiting reads, nodes and pages in turns if there is no memory for all.
     pub(in crate::engine) fn submit_reads(&mut self) {
         if self.cache.wanted.nodes.is_empty() && self.cache.wanted.pages.is_empty() {
             return;
@@ -126,8 +125,8 @@ impl Shard {
     fn submit_node_reads(&mut self) {
         while let Some((asked, wanted)) = self.cache.wanted.nodes.pop_first() {
             let NodeWanted { key, child, .. } = wanted;
-            // While it waited for memory the node above may have left it: whoever asked looks it up
-            // again.
+            // While it waited for memory, the node above may have left it: then the request looks
+            // it up again.
             if !self.map.names(key, child) || self.map.is_resident(key) {
                 self.node_arrived(wanted, Ok(()));
                 continue;
@@ -178,8 +177,8 @@ impl Shard {
         }
     }
 
-    /// One operation for a run of pages, or, without memory for what lies between them, one for
-    /// each.
+    /// Submits one operation for a run of pages or, without memory for the blocks between them, one
+    /// for each.
     fn submit_read(&mut self, run: plan::Run<Option<(PageRead, Frame)>>) {
         let wanted = run.items.iter().filter(|item| item.is_some()).count();
         assert!(wanted > 0, "a read of {} blocks that nobody wants", run.items.len());
@@ -258,9 +257,9 @@ impl Shard {
         self.reference_ended(idx);
     }
 
-    /// Ends the reads for which only requests wait that have failed. A read of many pages would
-    /// else be refused for each of them in turn, and keep the pages that it has from others until
-    /// the last one.
+    /// Ends the reads for which only failed requests wait. Otherwise a read of many pages would be
+    /// refused for each of them in turn, and would keep the pages that it has from others until the
+    /// last one.
     fn give_up_what_nobody_needs(&mut self, error: &Error) {
         let wanted = self.cache.wanted.nodes.iter();
         let nodes: Vec<u64> =
@@ -332,8 +331,8 @@ impl Shard {
         }
     }
 
-    /// Reads each page of an operation that has failed by itself: what can't be read may be one of
-    /// them, or lie between them.
+    /// Reads each page of a failed operation separately: the unreadable block may be one of them,
+    /// or lie between them.
     fn read_apart(&mut self, reads: Vec<Option<PageRead>>, into: SmallVec<[Frame; 4]>) {
         for (read, frame) in reads.into_iter().zip(into) {
             if let Some(read) = read {
@@ -387,12 +386,12 @@ impl Shard {
         if !is_current {
             self.ctx.stats.nodes_overtaken += 1;
         }
-        // Of a node that is not part of the tree any more, not even damage matters.
+        // If a node is no longer part of the tree, not even damage to it matters.
         self.node_arrived(wanted, if is_current { result } else { Ok(()) });
     }
 
-    /// The node is in memory, or was overtaken by a change of the tree, or will not come: those who
-    /// wait for it look up again.
+    /// Called when the node is in memory, or was overtaken by a change of the tree, or will not
+    /// arrive: everything that waits for it looks it up again.
     fn node_arrived(&mut self, wanted: NodeWanted, result: Result<(), Error>) {
         let key = wanted.key;
         wanted.parent.into_iter().for_each(|parent| self.map.unpin(parent));

@@ -1,4 +1,4 @@
-//! The page cache: the table of pages, what may leave memory, and what is being read.
+//! The page cache: the table of pages, eviction, and reads in progress.
 
 mod answer;
 pub(in crate::engine) mod eviction;
@@ -25,14 +25,14 @@ pub(in crate::engine) struct PageCache {
     pub eviction: Eviction,
     pub node_waiters: HashMap<NodeKey, NodeWaiters, foldhash::fast::FixedState>,
     pub wanted: Wanted,
-    /// Range scans under way, by their requests.
+    /// Range scans in progress, by their requests.
     pub walks: HashMap<RequestIdx, Box<Walk>, foldhash::fast::FixedState>,
-    /// Nodes that compaction waited for, by its numbers: they are there, or will not come.
+    /// Nodes that compaction waited for, by its numbers: they have arrived, or will not.
     pub moves_ended: Vec<(NodeMoveIdx, Option<Error>)>,
 }
 
 impl PageCache {
-    /// For a shard of `frames` frames, `pages_max` of which may hold pages.
+    /// Makes the cache of a shard with `frames` frames, `pages_max` of which may hold pages.
     pub fn new(frames: u32, pages_max: u32, seed: u64) -> Self {
         PageCache {
             table: Table::new(pages_max, seed),

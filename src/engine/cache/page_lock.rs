@@ -1,4 +1,5 @@
-//! The lock of one page, for commits over shards; who takes it when is `txn::page_locks`' business.
+//! The lock of one page, for commits over shards; `txn::page_locks` decides which commit takes it
+//! when.
 
 use crate::base::RequestIdx;
 use smallvec::SmallVec;
@@ -6,20 +7,21 @@ use smallvec::SmallVec;
 /// What a commit does with a page.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(in crate::engine) enum Access {
-    /// It changes it, whether it has read it or not.
+    /// It changes the page, whether it has read it or not.
     Change,
-    /// It only reads it.
+    /// It only reads the page.
     Read,
 }
 
 impl Access {
-    /// Of page `i` of a request that reads the first `reads` ones and changes the others.
+    /// The access of a request to its page `i`, if it reads the first `reads` pages and changes the
+    /// others.
     pub fn of(i: usize, reads: usize) -> Access {
         if i < reads { Access::Read } else { Access::Change }
     }
 }
 
-/// Who holds a page: any number of commits that read it, or one that changes it.
+/// The holders of a page: any number of commits that read it, or one that changes it.
 #[derive(Default)]
 pub(in crate::engine) struct PageLock {
     shared: u32,
@@ -29,7 +31,7 @@ pub(in crate::engine) struct PageLock {
 }
 
 impl PageLock {
-    /// Whether somebody may do this with the page.
+    /// Whether the page may be taken for this access.
     pub fn allows(&self, access: Access) -> bool {
         !self.exclusive && (self.shared == 0 || access == Access::Read)
     }
@@ -37,7 +39,7 @@ impl PageLock {
     /// Takes the page, to read or to change it.
     ///
     /// # Panics
-    /// If that is not [allowed](Self::allows): a held page means another vote.
+    /// If that is not [allowed](Self::allows): a locked page leads to another vote.
     pub fn take(&mut self, access: Access) {
         assert!(self.allows(access), "{} read the page, exclusive {}", self.shared, self.exclusive);
         match access {
@@ -46,7 +48,7 @@ impl PageLock {
         }
     }
 
-    /// Gives the page back; returns those who waited for it.
+    /// Gives the page back. Returns the commits that waited for it.
     pub fn give_back(&mut self, access: Access) -> SmallVec<[RequestIdx; 1]> {
         match access {
             Access::Change => {
@@ -61,7 +63,7 @@ impl PageLock {
         std::mem::take(&mut self.waiters)
     }
 
-    /// A commit of this shard waits for it.
+    /// Registers a commit of this shard that waits for the page.
     pub fn wait(&mut self, waiter: RequestIdx) {
         assert!(!self.allows(Access::Change), "{waiter:?} waits for a page that is free");
         self.waiters.push(waiter);

@@ -1,4 +1,5 @@
-//! Which pages of a volume there are: a walk through the map that skips what was never written.
+//! Finds the pages of a volume that exist, by a walk through the map that skips what was never
+//! written.
 //!
 //! ```text
 //! virtual shards of this shard --next leaf of each--> heap by page id --first--> its pages:
@@ -7,11 +8,11 @@
 //! Invariants
 //! 1. A page counts as the next reader would find it: changes on their way to the map count.
 //! 2. Nothing is held between two steps: nodes may leave memory while others are read, and pages
-//!    change. Each page is told as it was at one moment during the request.
+//!    change. Each page is reported as it was at one moment during the request.
 //! 3. A request visits at most [`LEAVES_MAX`] leaves, so that others get their turn; the answer
 //!    says where it stopped.
 //!
-//! It reads map nodes, never pages.
+//! It reads map nodes, but *never* pages.
 
 use crate::base::{Lsn, PageId, PageKey, RequestIdx, VShard};
 use crate::engine::map::{LEAF_PAGES, NextLeaf};
@@ -21,20 +22,20 @@ use smallvec::SmallVec;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Leaves that one request visits: 8,192 pages, each of which is looked up; all of it may be within
-/// one turn.
+/// The most leaves that one request visits: 8,192 pages, each of which is looked up, possibly
+/// within one turn.
 const LEAVES_MAX: u32 = 128;
 
-/// Where a request stands.
+/// The state of a request's walk.
 pub(in crate::engine) struct Walk {
     asked: PageRange,
     found: Vec<(PageId, PageId)>,
-    /// The next leaf of each virtual shard that has one: its first page that is asked for.
+    /// The next leaf of each virtual shard that has one, by its first requested page.
     leaves: BinaryHeap<Reverse<(PageId, VShard)>>,
-    /// Virtual shards whose next leaf is not known: from which dense number on.
+    /// Virtual shards whose next leaf is not known, with the dense number from which to search.
     seeks: Vec<(VShard, u64)>,
     leaves_left: u32,
-    /// The newest change of a page that was looked at that may not be durable.
+    /// The newest change of a visited page that may not be durable.
     lsn: Lsn,
 }
 
@@ -43,7 +44,7 @@ enum Step {
     On,
     /// A node is being read.
     Waits,
-    /// All before this page was told; `None`: all that was asked for.
+    /// Everything before this page was reported; `None`: everything that was requested.
     Done(Option<PageId>),
 }
 
@@ -72,9 +73,9 @@ impl Shard {
         assert!(before.is_none(), "{waiter:?} walks from {:?} while it walks already", asked.first);
     }
 
-    /// Goes on with the walk of a pending request, until it ends or a node must be read.
+    /// Continues the walk of a pending request until it ends or a node must be read.
     pub(in crate::engine) fn walk(&mut self, waiter: RequestIdx) {
-        // Taken out, since a step needs the shard.
+        // Taken out, since a step borrows the shard.
         let mut walk = self.cache.walks.remove(&waiter).expect("a walk has its place");
         let result = loop {
             if let Some(error) = self.requests.pending[waiter].error.take() {
@@ -119,7 +120,7 @@ impl Shard {
         };
         walk.leaves_left -= 1;
         let watermark = self.ctx.order.watermark();
-        // A leaf is of neighbours, and no run of pages ends within it.
+        // The pages of a leaf are consecutive, and no run of pages ends within it.
         for (slot, page) in (page_index % LEAF_PAGES..LEAF_PAGES).zip(page.get()..=last.get()) {
             let key = PageKey::new(volume, PageId::new(page));
             let known = self
@@ -128,7 +129,7 @@ impl Shard {
                 .find(key)
                 .map(|idx| &self.cache.table.pages[idx])
                 .filter(|page| page.resolved);
-            // What is not durable is in the table, on its way to the map.
+            // A change that is not durable is in the table, on its way to the map.
             walk.lsn = walk
                 .lsn
                 .max(known.map(|page| page.lsn).filter(|lsn| *lsn > watermark).unwrap_or_default());
@@ -141,7 +142,7 @@ impl Shard {
         Step::On
     }
 
-    /// Finds the next leaf of a virtual shard with a page that is asked for.
+    /// Finds the next leaf of a virtual shard with a requested page.
     fn seek_leaf(
         &mut self,
         walk: &mut Walk,
@@ -174,7 +175,7 @@ impl Shard {
     }
 }
 
-/// Adds a page behind all that were found.
+/// Adds a page after all that were found.
 fn tell(found: &mut Vec<(PageId, PageId)>, page: PageId) {
     match found.last_mut() {
         Some((_, last)) if last.get() + 1 == page.get() => *last = page,

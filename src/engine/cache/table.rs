@@ -1,5 +1,5 @@
-//! The pages that a shard knows: what is cached, and who waits for it; what is read is `reads`'
-//! business.
+//! The pages that a shard knows: which are cached, and which requests wait for them; `loading`
+//! reads them.
 //!
 //! ```text
 //! Unresolved --map lookup (may read nodes)--> Resolved: version known --read--> Cached
@@ -27,12 +27,12 @@ use hashbrown::HashTable;
 use smallvec::SmallVec;
 use std::hash::BuildHasher;
 
-/// What somebody needs of a page.
+/// What a request needs of a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::engine) enum Needs {
-    /// To know its version.
+    /// Its version.
     Version,
-    /// That, and its bytes in memory.
+    /// Its version, and its bytes in memory.
     Bytes,
 }
 
@@ -59,25 +59,25 @@ pub(in crate::engine) struct Page {
     pub versions: u32,
     /// Its image in the open group.
     pub image: Option<ImageIdx>,
-    /// First change that no [`PageVersion`](crate::engine::writeback::PageVersion) holds yet.
+    /// The first change that no [`PageVersion`](crate::engine::writeback::PageVersion) holds yet.
     pub dirty_from: Option<Lsn>,
-    /// It stands in the queue of the coalescer.
+    /// Whether it is in the queue of the coalescer.
     pub queued: bool,
     /// Its map leaf, pinned.
     pub leaf: Option<NodeIdx>,
     /// The checkpoint under way waits for this version to be in the map.
     pub checkpoint_target: Lsn,
-    /// By commits over shards.
+    /// The lock for commits over shards.
     pub hold: PageLock,
     pub residency: Residency,
-    /// When a node was asked for first to resolve it, as a number that grows; zero: not yet.
+    /// When a node was first requested to resolve it, as a growing number; zero if none was.
     pub asked: u64,
     waiters: SmallVec<[(RequestIdx, Needs); 1]>,
 }
 
 impl Page {
-    /// Panics if what is known of the page contradicts itself: a bug, and to go on would write it
-    /// to the device.
+    /// Panics if the state of the page contradicts itself: that is a bug, and to continue would
+    /// write it to the device.
     pub fn assert_state(&self) {
         let key = self.key;
         assert!(self.frame.is_none() || !self.absent, "{key:?} is absent, and has bytes");
@@ -117,7 +117,7 @@ impl Page {
         if self.absent { Lsn::ZERO } else { self.lsn }
     }
 
-    /// The LSN that a reader is told: of an absent page that of its `Free`, as long as it is not
+    /// The LSN that a reader gets: for an absent page that of its `Free`, as long as that is not
     /// durable. The table knows it until then, since such a page has a change on its way to the
     /// map.
     pub fn told(&self, watermark: Lsn) -> Lsn {
@@ -130,7 +130,7 @@ impl Page {
         PageRef::new(self.frame.as_ref().map(|frame| frame.pin()), self.told(watermark))
     }
 
-    /// Whether it is a record of a volume, which the engine reads for itself.
+    /// Whether it is a record of a volume, whose reads are the engine's own.
     pub fn is_catalog(&self) -> bool {
         self.key.volume == VolumeId::CATALOG
     }
@@ -140,7 +140,7 @@ impl Page {
         self.waiters.iter().map(|(waiter, _)| *waiter)
     }
 
-    /// Whether it is there for somebody who needs this of it.
+    /// Whether it has what a request needs of it.
     pub fn has(&self, needs: Needs) -> bool {
         self.resolved && (needs == Needs::Version || self.absent || self.frame.is_some())
     }
@@ -158,7 +158,7 @@ impl Page {
             && self.waiters.is_empty()
     }
 
-    /// Whether its bytes may leave memory though requests hold it: none of them needs the bytes,
+    /// Whether its bytes may leave memory although requests hold it: none of them needs the bytes,
     /// and the map names them.
     fn has_spare_bytes(&self) -> bool {
         let is_clean = self.versions == 0 && self.image.is_none() && self.dirty_from.is_none();
@@ -183,15 +183,15 @@ pub(in crate::engine) struct Resident {
 pub(in crate::engine) struct Table {
     pub pages: IndexedSlab<PageIdx, Page>,
     resident: Resident,
-    /// The pages by key: their indices only, since the keys stand in the pages.
+    /// The indices of the pages by key; the keys themselves are in the pages.
     index: HashTable<PageIdx>,
     hasher: foldhash::fast::FixedState,
 }
 
 impl Table {
-    /// For a shard of `frames` frames. It has room for so many pages from the start, so that it
-    /// does not grow, with two tables in memory for a while, as the cache fills; what is not used
-    /// yet takes no memory.
+    /// Makes the table of a shard with `frames` frames. It has room for that many pages from the
+    /// start, so that it does not grow as the cache fills, which would take memory for two tables;
+    /// the unused part takes no memory.
     pub fn new(frames: u32, seed: u64) -> Self {
         Table {
             pages: IndexedSlab::with_capacity(frames as usize),
@@ -208,7 +208,7 @@ impl Table {
         self.index.find(self.hasher.hash_one(key), is_it).copied()
     }
 
-    /// The page's index, for somebody who reads or changes it; a new one is unresolved.
+    /// The page's index, for a read or a change, which counts as a use; a new page is unresolved.
     pub fn get(&mut self, key: PageKey) -> PageIdx {
         if let Some(idx) = self.find(key) {
             let page = &mut self.pages[idx];
@@ -221,7 +221,8 @@ impl Table {
         self.entry(key)
     }
 
-    /// The same for what is no use of its own: a look at its version, a move, a redo.
+    /// The page's index, for an access that does not count as a use: a look at its version, a move,
+    /// a redo.
     pub fn entry(&mut self, key: PageKey) -> PageIdx {
         if let Some(idx) = self.find(key) {
             return idx;
@@ -270,7 +271,7 @@ impl Table {
         entry.expect("a page in the table is in its index").remove();
     }
 
-    /// The page has other bytes now, or none.
+    /// Sets the bytes of the page, or removes them.
     pub fn set_frame(&mut self, idx: PageIdx, frame: Option<Frame>) {
         let page = &mut self.pages[idx];
         let (before, after) = (u32::from(page.frame.is_some()), u32::from(frame.is_some()));
@@ -284,7 +285,7 @@ impl Table {
         assert!(held <= pages, "{held} pages are needed by requests, and {pages} are in memory");
     }
 
-    /// One more request needs the page's bytes.
+    /// Records that another request needs the page's bytes.
     pub fn hold_bytes(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
         page.data_holds += 1;
@@ -298,7 +299,7 @@ impl Table {
         self.resident.held += u32::from(page.data_holds == 1 && page.frame.is_some());
     }
 
-    /// A request needs them no more.
+    /// Records that a request no longer needs them.
     pub fn let_bytes_go(&mut self, idx: PageIdx) {
         let page = &mut self.pages[idx];
         assert!(page.data_holds > 0, "{:?}: no request needs its bytes", page.key);
@@ -310,7 +311,7 @@ impl Table {
         self.resident
     }
 
-    /// The same, counted anew.
+    /// Recounts the same.
     #[cfg(any(test, feature = "sim"))]
     pub fn count_resident(&self) -> Resident {
         let resident = || self.pages.iter().filter(|(_, page)| page.frame.is_some());
@@ -323,7 +324,7 @@ impl Table {
         self.hasher.hash_one(key)
     }
 
-    /// How page `idx` stands, if `block` holds its bytes.
+    /// The standing of page `idx`, provided that `block` holds its bytes.
     pub fn standing(&self, idx: PageIdx, block: u32) -> Standing {
         let Some(page) = self.pages.get(idx) else { return Standing::Gone };
         match &page.frame {
@@ -338,7 +339,7 @@ impl Table {
         }
     }
 
-    /// Drops a page with its memory, or, of one that requests hold, its memory only; returns the
+    /// Drops a page with its memory or, if requests hold the page, only its memory. Returns the
     /// hash of its key.
     pub fn evict(&mut self, idx: PageIdx) -> u64 {
         let page = &self.pages[idx];
@@ -361,8 +362,8 @@ impl Table {
 }
 
 impl Shard {
-    /// Registers that pending request `waiter` needs page `idx`. Returns true if it has it already;
-    /// else the waiter is told later.
+    /// Registers that pending request `waiter` needs page `idx`. Returns true if that is already
+    /// there; else the waiter is notified later.
     pub(in crate::engine) fn want(
         &mut self,
         idx: PageIdx,
@@ -377,7 +378,7 @@ impl Shard {
         false
     }
 
-    /// Takes the next step for a page that somebody waits for.
+    /// Takes the next step for a page that requests wait for.
     pub(in crate::engine) fn advance_page(&mut self, idx: PageIdx) {
         let page = &self.cache.table.pages[idx];
         if !page.resolved && !page.resolving {
@@ -399,7 +400,7 @@ impl Shard {
         self.wake_waiters(idx);
     }
 
-    /// The map names `entry` for the page, or none.
+    /// Records what the map says about the page: `entry`, or none.
     pub(in crate::engine) fn resolve(&mut self, idx: PageIdx, entry: Option<Entry>) {
         let page = &mut self.cache.table.pages[idx];
         assert!(
@@ -415,7 +416,7 @@ impl Shard {
         page.asked = 0;
     }
 
-    /// Tells those whose need is met.
+    /// Notifies the requests whose needs are met.
     pub(in crate::engine) fn wake_waiters(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         if page.waiters.is_empty() {

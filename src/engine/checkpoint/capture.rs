@@ -1,5 +1,5 @@
-//! What a checkpoint writes at a shard: the dirty nodes and the root of one virtual shard after
-//! another, then what that means for the extents of others, and the summaries.
+//! Writes a shard's part of a checkpoint: the dirty nodes and the root of one virtual shard after
+//! another, then the handovers to the owners of other extents, and the summaries.
 
 use super::{NODE_OPS_MAX, Phase, ROOTS_AT_A_TIME};
 use crate::base::{BLOCK, VShard};
@@ -14,8 +14,8 @@ use crate::memory::Frame;
 use smallvec::SmallVec;
 
 impl Shard {
-    /// The next virtual shard from `next` on that is this shard's and has anything to write; those
-    /// before it are done with.
+    /// The next virtual shard from `next` on that belongs to this shard and has anything to write;
+    /// those before it are done.
     pub(super) fn next_dirty(&mut self, mut next: u16) -> u16 {
         while u32::from(next) < self.ctx.limits.geometry.vshards_count {
             let vshard = VShard::new(next);
@@ -48,7 +48,7 @@ impl Shard {
         if self.checkpoint.ops >= NODE_OPS_MAX || !self.space_for_nodes(nodes) {
             return;
         }
-        // The root has a frame of its own; nodes are written from where they are.
+        // The root takes a frame of its own; nodes are written in place.
         let frames = if planted!(CaptureAllAtOnce) { nodes + 2 } else { 1 };
         if !self.ensure_frames(frames, Step::Capture) {
             self.write_roots();
@@ -101,7 +101,8 @@ impl Shard {
         }
     }
 
-    /// All is captured: the others learn what it means for their extents.
+    /// Called when everything is captured: tells the other shards what that means for their
+    /// extents.
     pub(super) fn hand_over(&mut self) {
         self.checkpoint.assert_state();
         let changes = self.space.extents.hand_over();
@@ -126,7 +127,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// Another shard has captured its trees.
+    /// Called when another shard has captured its trees.
     pub(in crate::engine) fn handed_over(&mut self, handover: Handover) {
         self.checkpoint.handovers += 1;
         let (handovers, shards) = (self.checkpoint.handovers, self.ctx.shard_map.shards_count());
@@ -139,8 +140,7 @@ impl Shard {
     pub(super) fn list_summaries(&mut self) {
         self.checkpoint.handovers = 0;
         if self.checkpoint.begin.is_some_and(|begin| begin.new_epoch.is_some()) {
-            // Nothing more comes out of the log: what recovery kept apart is an extent like any
-            // other.
+            // The log adds nothing more: the extents that recovery reserved are now like any other.
             self.space.extents.end_redo();
         }
         self.space.summaries.extend(self.space.extents.unsummarized());
@@ -150,7 +150,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// Writes the roots captured so far: nothing names their places before the superblock does.
+    /// Writes the roots captured so far: nothing names their places until the superblock does.
     pub(super) fn write_roots(&mut self) {
         let count = self.ctx.limits.geometry.vshards_count;
         let roots = std::mem::take(&mut self.checkpoint.roots);
@@ -172,7 +172,7 @@ impl Shard {
         self.submit_blocks(writes);
     }
 
-    /// Writes blocks, neighbours together.
+    /// Writes blocks, adjacent ones together.
     pub(in crate::engine) fn submit_blocks(&mut self, mut writes: Vec<(FileId, u64, Frame)>) {
         writes.sort_by_key(|(file, offset, _)| (*file, *offset));
         let mut run: Option<(FileId, u64, SmallVec<[IoSlice; 4]>)> = None;

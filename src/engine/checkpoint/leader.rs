@@ -1,5 +1,5 @@
-//! What shard 0 does for all: it begins checkpoints and ends them with table and superblock, ends
-//! the opening, closes the store, and makes the data file longer.
+//! The work of shard 0 for all shards: it begins checkpoints and ends them with table and
+//! superblock, ends the opening, closes the store, and extends the data file.
 //!
 //! ```text
 //! checkpoint  Idle --wanted--> Beginning --all Began--> Running --all Ready--> Table --> Flush
@@ -11,8 +11,7 @@
 //! 1. One checkpoint at a time, over all shards: one superblock write makes all their roots true
 //!    together.
 //! 2. The flush is submitted when every write of every shard for this checkpoint has completed.
-//! 3. No commit over shards is under way when all are quiet: their owners had requests, and have
-//!    none.
+//! 3. No commit over shards is in progress when all are quiet: its owner would have a request.
 
 use crate::base::{BLOCK, Lsn, ShardId};
 use crate::engine::life::Closing;
@@ -58,19 +57,18 @@ impl Phase {
 #[derive(Default, Debug)]
 struct TableParts {
     rows: Vec<TableRow>,
-    /// Of the blocks submitted so far.
+    /// The checksums of the blocks submitted so far.
     sums: Vec<u32>,
 }
 
-/// Blocks of the table that are encoded at a time: no more than a checkpoint has memory for in any
-/// case.
+/// Blocks of the table that are encoded at a time: no more than a checkpoint always has memory for.
 const TABLE_BLOCKS_AT_A_TIME: usize = 8;
 
 /// The leader's state; idle in all other shards.
 #[derive(Default, Debug)]
 pub(in crate::engine) struct Leader {
-    /// In which the next superblock is written: the end of a checkpoint must not depend on what
-    /// readers leave.
+    /// Frames reserved for the next superblock, so that a checkpoint can end even if readers pin
+    /// all memory.
     superblock_frames: Vec<Frame>,
     phase: Phase,
     wanted: Option<Pace>,
@@ -82,7 +80,7 @@ pub(in crate::engine) struct Leader {
     by_shard: Vec<Option<Contribution>>,
     next: Option<Superblock>,
     table: Option<TableParts>,
-    /// The epoch to be begun when all have redone their part of the log.
+    /// The epoch to begin when all have redone their part of the log.
     new_epoch: Option<NewEpoch>,
     redone: u16,
     quiet: u16,
@@ -97,8 +95,8 @@ impl Leader {
         Leader { new_epoch, superblock_frames, ..Leader::default() }
     }
 
-    /// Panics if what is known of the checkpoint contradicts its phase: a superblock would be
-    /// written that names less than all shards' roots, or the checkpoint would never end.
+    /// Panics if the state of the checkpoint contradicts its phase: a superblock would be written
+    /// that does not name all shards' roots, or the checkpoint would never end.
     fn assert_state(&self) {
         let (phase, left) = (self.phase, self.left);
         assert!(
@@ -135,7 +133,7 @@ impl Leader {
         );
     }
 
-    /// The next phase; what it needs is there, and what it must not find is gone.
+    /// Enters the next phase; what it needs is there, and what it must not find is gone.
     fn enter(&mut self, phase: Phase) {
         assert!(self.phase.leads_to(phase), "{phase:?} does not follow {:?}", self.phase);
         self.phase = phase;
@@ -148,7 +146,7 @@ impl Shard {
         self.ctx.id == ShardId::LEADER
     }
 
-    /// A caller asks for a checkpoint that covers everything up to now.
+    /// Handles a caller's request for a checkpoint that covers everything up to now.
     pub(in crate::engine) fn request_checkpoint(&mut self, token: Token) {
         self.checkpoint.next_waiters.push(token);
         self.ctx.need_checkpoint();
@@ -181,7 +179,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// A shard has no request under way any more.
+    /// Records that a shard has no more requests in progress.
     pub(in crate::engine) fn shard_quiet(&mut self) {
         self.checkpoint.leader.quiet += 1;
         let (quiet, all) = (self.checkpoint.leader.quiet, self.ctx.shard_map.shards_count());
@@ -225,14 +223,14 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// To every shard, this one too.
+    /// Sends a message to every shard, including this one.
     fn tell_all(&mut self, message: impl Fn() -> Message) {
         for shard in self.ctx.shard_map.shards() {
             self.ctx.send(shard, message());
         }
     }
 
-    /// A shard has begun the checkpoint.
+    /// Records that a shard has begun the checkpoint.
     pub(in crate::engine) fn shard_began(&mut self) {
         self.checkpoint.leader.assert_state();
         assert_eq!(
@@ -244,8 +242,8 @@ impl Shard {
         if self.checkpoint.leader.left > 0 {
             return;
         }
-        // Redo starts over from the old roots if it is cut short: page LSNs guard what is done
-        // twice.
+        // If the redo is interrupted, it starts over from the old roots: page LSNs guard against
+        // doing anything twice.
         let redo = match self.checkpoint.leader.begin {
             Some(Begin { new_epoch: Some(epoch), .. }) => epoch.first_lsn.before(),
             _ => self
@@ -261,7 +259,7 @@ impl Shard {
         self.tell_all(|| Message::Redo(redo));
     }
 
-    /// A shard has written its part.
+    /// Records that a shard has written its part.
     pub(in crate::engine) fn shard_ready(&mut self, from: ShardId, contribution: Contribution) {
         self.checkpoint.leader.assert_state();
         assert_eq!(
@@ -290,7 +288,8 @@ impl Shard {
         }
     }
 
-    /// All parts are written: the extent table of all, a few blocks at a time.
+    /// Called when all parts are written: writes the extent table of all shards, a few blocks at a
+    /// time.
     fn write_table(&mut self) {
         self.checkpoint.leader.assert_state();
         let mut table = match self.checkpoint.leader.table.take() {
@@ -351,7 +350,8 @@ impl Shard {
         for (vshard, root) in leader.contributions.iter().flat_map(|c| &c.roots) {
             let shard = self.ctx.shard_map.owner(*vshard);
             let VShardState { root: before, redo_lsn, .. } = old.vshards[vshard.index()];
-            // A root has two places, in turns: one more would be written over the one that counts.
+            // A root has two places, which take turns: another write would go over the one that
+            // counts.
             assert!(
                 (before.generation..=before.generation + 1).contains(&root.generation)
                     && redo_lsn <= leader.redo,
@@ -396,7 +396,7 @@ impl Shard {
         next
     }
 
-    /// All operations of a step of the leader have ended.
+    /// Called when all operations of a step of the leader have ended.
     pub(in crate::engine) fn leader_step_done(&mut self, op: DiskOp) {
         self.checkpoint.leader.assert_state();
         match self.checkpoint.leader.phase {
@@ -449,7 +449,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// A caller closes the store.
+    /// Handles a caller's request to close the store.
     pub(in crate::engine) fn request_close(&mut self, token: Token) {
         self.life.closing = Some(Closing::Caller(token));
         self.ctx.need_all();
@@ -458,19 +458,19 @@ impl Shard {
         }
     }
 
-    /// The leader closes the store.
+    /// Called when the leader closes the store.
     pub(in crate::engine) fn quiesce(&mut self) {
         self.life.closing = Some(Closing::Leader);
         self.ctx.need_all();
     }
 
-    /// Says that no request is under way any more, or, in a store that has stopped, ends.
+    /// Reports that no request is in progress any more or, in a store that has stopped, ends.
     pub(in crate::engine) fn advance_close(&mut self) {
         if self.life.closing.is_none() || self.life.closed {
             return;
         }
         if self.ctx.failed.is_some() {
-            // What the device still holds is waited for: its buffers are ours again only then.
+            // Wait for what the device still holds: only then are its buffers ours again.
             if self.ctx.ops.is_empty() && self.requests.pending.is_empty() {
                 let error = self.ctx.failed.clone();
                 self.end_close(Err(error.expect("just seen")));
@@ -487,7 +487,7 @@ impl Shard {
         }
     }
 
-    /// The closing checkpoint is durable, or will not come.
+    /// Called when the closing checkpoint is durable, or will never be.
     pub(in crate::engine) fn end_close(&mut self, result: crate::Result<()>) {
         self.life.closed = true;
         if let Some(Closing::Caller(token)) = self.life.closing.replace(Closing::Leader) {

@@ -1,10 +1,10 @@
-//! The log of a shard gets longer in the course of checkpoints; see `engine::log::growth` for how,
+//! Makes the log of a shard longer in the course of checkpoints; `engine::log::growth` says how,
 //! and when a segment counts.
 //!
 //! Invariants
-//! 1. A log grows only when it was long at the beginning of a checkpoint: that of a store to which
-//!    nobody writes stays as it is.
-//! 2. What can't be made costs a line in the log, once, and checkpoints stay as frequent as they
+//! 1. A log grows only if it was long at the beginning of a checkpoint: the log of a store without
+//!    writes does not grow.
+//! 2. If a segment can't be made, that is logged once, and checkpoints stay as frequent as they
 //!    are.
 //! 3. Nothing is being made when the store is closed.
 
@@ -14,7 +14,8 @@ use crate::engine::{OpKind, Shard};
 use crate::io::{DiskOp, FileId};
 
 impl Shard {
-    /// A checkpoint begins: if the log is long, the next ones are to come less often.
+    /// Called when a checkpoint begins: if the log is long, makes it longer, so that later
+    /// checkpoints are less frequent.
     pub(in crate::engine) fn make_log_longer(&mut self) {
         let segment = self.log.grow(self.ctx.limits.geometry.segments_count);
         self.make_segment(segment);
@@ -22,13 +23,14 @@ impl Shard {
 
     fn make_segment(&mut self, segment: Option<SegmentNo>) {
         let Some(segment) = segment else { return };
-        // From its beginning, whatever is there: a growth that was cut short may have left a file.
+        // It is made from its beginning, whatever exists: an interrupted growth may have left a
+        // file.
         let (file, to) =
             (FileId::Log(self.ctx.id, segment), self.ctx.limits.geometry.segment_bytes);
         self.ctx.submit(OpKind::LogSegment, DiskOp::Allocate { file, from: 0, to });
     }
 
-    /// The file of a segment is there, or can't be made.
+    /// Called when the file of a segment exists, or can't be made.
     pub(in crate::engine) fn segment_made(&mut self, result: Result<(), Error>) {
         self.ctx.need_all();
         match result {
@@ -52,9 +54,9 @@ impl Shard {
         }
     }
 
-    /// A superblock is durable: the segments that it counts may be used.
+    /// Called when a superblock is durable: the segments that it counts may be used.
     pub(in crate::engine) fn use_new_segments(&mut self) {
-        // In the middle of a recovery it counts those of the logs before.
+        // In the middle of a recovery it counts those of the old logs.
         if self.redo.recovering.is_some() {
             return;
         }

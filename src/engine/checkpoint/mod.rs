@@ -15,12 +15,12 @@
 //!    nothing that is not durable. They may reflect later ones: page LSNs guard the redo.
 //! 2. What is retired was given up before the redo LSN was chosen, so the redo LSN has passed its
 //!    successor.
-//! 3. Commits go on all the while. A virtual shard is fixed at one moment, each at its own.
+//! 3. Commits continue all the while. Each virtual shard is captured at one moment of its own.
 //! 4. Until the first superblock copy is durable, the roots, the table and the log of the
 //!    checkpoint before count.
-//! 5. It needs no more memory than is kept for it, however large the store and however much of it
-//!    is dirty: nodes are written from where they are, and whatever would change one waits for that
-//!    write; roots, summaries and the table go out in parts.
+//! 5. It needs no more memory than is reserved for it, however large the store and however much of
+//!    it is dirty: nodes are written in place, and whatever would change one waits for that write;
+//!    roots, summaries and the table are written in parts.
 //! 6. Only after both copies are durable are log segments recycled and retired places given out
 //!    again.
 
@@ -40,12 +40,12 @@ use crate::format::superblock::{LogEnd, Superblock};
 use crate::io::{Completion, DiskOp};
 use crate::memory::Frame;
 
-/// Where a checkpoint stands.
+/// The phase of a checkpoint.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Phase {
     #[default]
     Idle,
-    /// It is told, and waits until what must not run beside it has ended.
+    /// It was announced, and waits until everything that must not run at the same time has ended.
     Told,
     Begun,
     Watermark,
@@ -59,8 +59,8 @@ enum Phase {
 }
 
 impl Phase {
-    /// Whether `next` may come after this one. A virtual shard that has nothing to write is passed
-    /// by.
+    /// Whether `next` may come after this one. A virtual shard that has nothing to write is
+    /// skipped.
     fn leads_to(self, next: Phase) -> bool {
         use Phase::*;
         match (self, next) {
@@ -74,17 +74,17 @@ impl Phase {
     }
 }
 
-/// The checkpoint under way, and who waits for one.
+/// The checkpoint in progress, and the requests that wait for one.
 pub(in crate::engine) struct Checkpoint {
     phase: Phase,
-    /// The leader has been asked for it.
+    /// Whether the leader has been asked for one.
     asked: bool,
     /// The next LSN of the store as last seen, and since when it has been so.
     next_lsn: Lsn,
     next_lsn_since: Micros,
     begin: Option<Begin>,
     redo: Lsn,
-    /// Operations of this phase under way.
+    /// Operations of this phase in flight.
     ops: u32,
     /// Nodes whose writes are under way.
     nodes: Vec<NodeIdx>,
@@ -94,14 +94,14 @@ pub(in crate::engine) struct Checkpoint {
     handovers: u16,
     pub(in crate::engine) waiters: Vec<Token>,
     pub(in crate::engine) next_waiters: Vec<Token>,
-    /// What shard 0 does for all.
+    /// The state of shard 0's work for all.
     pub(in crate::engine) leader: Leader,
 }
 
-/// Blocks that wait for a checkpoint to retire them, for each frame of memory. With what is
-/// remembered of their successors each takes 16 bytes of the heap: a 32nd of the memory at most.
+/// The most blocks that wait for a checkpoint to retire them, for each frame of memory. With the
+/// record of its successor each takes 16 bytes of the heap: at most a 32nd of the memory.
 const LEFT_PER_FRAME_MAX: usize = 8;
-/// Writes of nodes and roots under way, before another virtual shard is captured.
+/// The most writes of nodes and roots in flight before another virtual shard is captured.
 const NODE_OPS_MAX: u32 = 64;
 /// For how long nothing has been committed before a store is idle.
 const IDLE_US: Micros = 1_000_000;
@@ -137,8 +137,8 @@ impl Checkpoint {
         }
     }
 
-    /// Panics if what is known of the checkpoint contradicts its phase: the superblock would name
-    /// what is not written, or the checkpoint would never end.
+    /// Panics if the state of the checkpoint contradicts its phase: the superblock would name what
+    /// is not written, or the checkpoint would never end.
     fn assert_state(&self) {
         let (phase, ops) = (self.phase, self.ops);
         assert!(
@@ -184,7 +184,8 @@ impl Checkpoint {
 }
 
 impl Shard {
-    /// All changes of the phase come through here: other components know of it by its status.
+    /// Changes the phase; every change goes through here, since other components see the phase by
+    /// the status.
     fn enter_phase(&mut self, phase: Phase) {
         let versions = self.writeback.awaited_versions();
         assert!(
@@ -297,7 +298,7 @@ impl Shard {
         }
     }
 
-    /// The leader begins a checkpoint.
+    /// Called when the leader begins a checkpoint.
     pub(in crate::engine) fn begin_checkpoint(&mut self, begin: Begin) {
         self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.phase, Phase::Idle, "one checkpoint at a time");
@@ -311,7 +312,7 @@ impl Shard {
 
     fn begin_when_ready(&mut self) {
         let Some(begin) = self.checkpoint.begin else { return };
-        // The last checkpoint finds nothing under way, and leaves nothing behind.
+        // The last checkpoint finds nothing in progress, and leaves nothing behind.
         if begin.clean
             && !(self.requests.pending.is_empty()
                 && self.participant.is_idle()
@@ -339,7 +340,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// Every shard has begun: this is what the roots must reflect.
+    /// Called when every shard has begun: `redo` is what the roots must reflect.
     pub(in crate::engine) fn redo_lsn_chosen(&mut self, redo: Lsn) {
         self.checkpoint.assert_state();
         assert_eq!(self.checkpoint.phase, Phase::Begun, "the LSN comes when all have begun");
@@ -353,7 +354,8 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// All that the roots must reflect is applied: which pages are not in the map yet?
+    /// Called when all that the roots must reflect is applied: counts the pages that are not in the
+    /// map yet.
     fn count_pages(&mut self) {
         self.checkpoint.assert_state();
         self.enter_phase(Phase::Pages);
@@ -380,7 +382,7 @@ impl Shard {
         self.ctx.submit(OpKind::Checkpoint, op);
     }
 
-    /// One of the checkpoint's operations has ended.
+    /// Called when one of the checkpoint's operations has ended.
     pub(in crate::engine) fn checkpoint_step_done(&mut self, completion: Completion) {
         self.checkpoint.assert_state();
         assert!(self.checkpoint.ops > 0, "an operation of a checkpoint has ended, of none");
@@ -398,7 +400,7 @@ impl Shard {
         }
     }
 
-    /// The shard's part is written: the leader may go on.
+    /// Called when the shard's part is written, so that the leader may continue.
     fn contribute(&mut self) {
         assert_eq!(self.checkpoint.ops, 0, "nodes and roots are written before the handover");
         let mine = (0..self.ctx.limits.geometry.vshards_count as u16).map(VShard::new);
@@ -422,7 +424,7 @@ impl Shard {
         self.ctx.send(ShardId::LEADER, Message::Ready(Box::new(contribution)));
     }
 
-    /// Both copies of the superblock are durable.
+    /// Called when both copies of the superblock are durable.
     pub(in crate::engine) fn end_checkpoint(&mut self, superblock: Superblock) {
         assert_eq!(
             self.checkpoint.phase,
@@ -477,7 +479,7 @@ impl Shard {
         }
     }
 
-    /// No checkpoint will end any more.
+    /// Called when no checkpoint will end any more.
     pub(in crate::engine) fn fail_checkpoint(&mut self, stopped: &Error) {
         let c = &mut self.checkpoint;
         let waiters: Vec<Token> = c.waiters.drain(..).chain(c.next_waiters.drain(..)).collect();

@@ -1,5 +1,5 @@
-//! What a request must be like to be begun: of this shard, within its limits, while the store is
-//! open.
+//! Checks that a request may begin: it belongs to this shard, is within its limits, and the store
+//! is open.
 
 use crate::base::error::{Error, ErrorKind, Result};
 use crate::base::{BLOCK, ShardId};
