@@ -1,4 +1,4 @@
-//! Requests, and the answers to them.
+//! The requests that a shard takes, and their answers.
 
 use super::pins::{Pin, PinReservation};
 use crate::base::{BLOCK, Lsn, PageId, PageKey, VolumeId};
@@ -7,17 +7,17 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 use std::ops::Deref;
 
-/// The driver's name for a request under way; each gets exactly one reply.
+/// The driver's name for a request in progress; each gets exactly one reply.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct Token(pub u64);
 
-/// What callers ask of a shard.
+/// A caller's request to a shard.
 #[derive(Debug)]
 pub enum Request {
     /// The newest version of these pages, durable or not; unwritten pages read as zeros. At most
     /// `vectored_pages_max` of them.
     Read(SmallVec<[PageKey; 1]>),
-    /// The pages of this shard in a part of a volume that are not absent.
+    /// Finds the pages of this shard in a part of a volume that are not absent.
     Allocated(PageRange),
     /// One atomic commit.
     Commit(Commit),
@@ -30,21 +30,21 @@ pub enum Request {
     Checkpoint,
     /// Counters.
     Stats,
-    /// Finishes what is under way, makes a checkpoint and records the end of the log. Later
+    /// Finishes the requests in progress, makes a checkpoint and records the end of the log. Later
     /// requests get `Closed`.
     Close,
 }
 
-/// A request for the pages of a volume that there are.
+/// A request for the pages of a volume that exist.
 #[derive(Debug, Clone, Copy)]
 pub struct PageRange {
     /// The volume.
     pub volume: VolumeId,
-    /// The first page that is asked for.
+    /// The first page requested.
     pub first: PageId,
-    /// The last one.
+    /// The last page requested.
     pub last: PageId,
-    /// About how many ranges are wanted at most.
+    /// Roughly the most ranges to return.
     pub ranges_max: usize,
 }
 
@@ -55,7 +55,7 @@ pub struct Commit {
     pub reads: Vec<(PageKey, Lsn)>,
     /// Changes; a page may occur more than once. Empty: only the reads are validated.
     pub changes: Vec<(PageKey, Change)>,
-    /// Reply when durable (`true`), or as soon as ordered and visible.
+    /// Whether to reply only when it is durable, or as soon as it is ordered and visible.
     pub durable: bool,
 }
 
@@ -71,24 +71,24 @@ pub enum Change {
         /// The new bytes; they end within the page.
         bytes: Bytes,
     },
-    /// Frees the page: it is absent from now on, and reads as zeros.
+    /// Frees the page: from then on it is absent, and reads as zeros.
     Free,
 }
 
 /// Answers to [`Request`]s.
 #[derive(Debug)]
 pub enum Response {
-    /// To `Read`, in the order asked.
+    /// To `Read`, in the order of the request.
     Pages(SmallVec<[PageRef; 1]>),
-    /// To `Allocated`: first and last pages of ranges, in order; where to go on, if that was not
-    /// all.
+    /// To `Allocated`: first and last pages of ranges, in order; and where to continue, if that was
+    /// not all.
     Allocated {
-        /// What was found.
+        /// The ranges that were found.
         ranges: Vec<(PageId, PageId)>,
-        /// Everything before it was told.
+        /// Everything before this page was reported.
         next: Option<PageId>,
-        /// The newest change of what was looked at that may not be durable yet, or zero. That a
-        /// page was freed is one.
+        /// The newest change of a visited page that may not be durable yet, or zero. Freeing a page
+        /// counts as a change.
         lsn: Lsn,
     },
     /// To `Commit`: its LSN; for a commit without changes the highest LSN it read.
@@ -97,7 +97,7 @@ pub enum Response {
     Flushed(Lsn),
     /// To `WaitDurable`.
     Durable,
-    /// To `Checkpoint`: the log up to here is not needed any more.
+    /// To `Checkpoint`: the log up to here is no longer needed.
     Checkpointed(Lsn),
     /// To `Stats`.
     Stats(Box<crate::base::metrics::ShardStats>),
@@ -115,7 +115,7 @@ pub enum Response {
 pub struct PageRef {
     frame: Option<FrameRef>,
     lsn: Lsn,
-    /// Of the handle that read it.
+    /// Counts against the handle that read the page.
     pin: Option<Pin>,
 }
 
@@ -134,12 +134,12 @@ impl PageRef {
     }
 
     /// The version that a transaction has read: zero for every absent page. A page that is written
-    /// and freed again meanwhile is as absent as before.
+    /// and freed again in between is as absent as before.
     pub(crate) fn version(&self) -> Lsn {
         if self.is_absent() { Lsn::ZERO } else { self.lsn }
     }
 
-    /// The same page, as one of a share; a page without memory takes nothing.
+    /// The same page, counted against `share`; a page without memory does not count.
     pub(crate) fn counted(mut self, share: &mut PinReservation) -> PageRef {
         if !self.is_absent() {
             self.pin = share.one();

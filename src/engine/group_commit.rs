@@ -1,13 +1,13 @@
-//! Group commit: the open group is closed whenever a log write may start and somebody waits,
-//! written with one vectored write, flushed together with all others that are complete, and only
-//! then acknowledged.
+//! Group commit: the open group is closed whenever a log write may start and a request waits for
+//! it. It is written with one vectored write, flushed together with all others that are complete,
+//! and only then acknowledged.
 //!
 //! Invariants
-//! 1. No timer stands in front of a durable commit: the window holds back only groups for which
-//!    nobody waits.
-//! 2. At the close it is decided for all pages of a group whether they go inline or straight to
-//!    their places.
-//! 3. A flush is submitted after the completion of every write that it is to cover.
+//! 1. No timer delays a durable commit: the window holds back only groups that no request waits
+//!    for.
+//! 2. The close of a group decides for all its pages whether they go inline or straight to their
+//!    places.
+//! 3. A flush is submitted after the completion of every write that it covers.
 //! 4. The bound is raised only after a flush has succeeded.
 
 use super::writeback::PageVersion;
@@ -26,7 +26,7 @@ use crate::io::{DiskOp, FileId, IoSlice};
 use crate::memory::Frame;
 use smallvec::SmallVec;
 
-/// A page image of the group that is being closed, as it is written.
+/// A page image of the group that is being closed, in its stored form.
 struct SealedImage {
     no: ImageIdx,
     sealed: Sealed,
@@ -36,7 +36,7 @@ struct SealedImage {
 }
 
 impl Shard {
-    /// Closes the open group if it may go, and flushes what is written.
+    /// Closes the open group if it may be written, and flushes the groups that are written.
     pub(super) fn advance_groups(&mut self) {
         if self.ctx.failed.is_some() {
             return;
@@ -92,7 +92,7 @@ impl Shard {
             blocks: body_blocks + inline_blocks,
             watermark: self.ctx.order.watermark(),
             superblock_generation: self.ctx.superblock.generation,
-            // Counts, checksums and runs come with its end.
+            // Counts, checksums and runs are filled in when the group is finished.
             ..GroupHead::default()
         };
         let finished =
@@ -245,7 +245,7 @@ impl Shard {
         count
     }
 
-    /// A write of a group has ended.
+    /// Called when a write of a group has ended.
     pub(super) fn group_written(&mut self, number: u64, result: Result<(), Error>) {
         match result {
             Err(error) if !planted!(WriteErrorForgotten) => self.ctx.fail(error),
@@ -271,8 +271,8 @@ impl Shard {
         self.ctx.submit(OpKind::GroupFlush(set), DiskOp::Flush { files });
     }
 
-    /// A flush has ended: what it covered is durable, or nothing is acknowledged any more. Returns
-    /// the parts of commits over shards that are durable here now.
+    /// Called when a flush has ended: either what it covered is durable, or nothing is acknowledged
+    /// from now on. Returns the parts of commits over shards that have become durable here.
     pub(super) fn group_flushed(
         &mut self,
         set: FlushSet,

@@ -1,27 +1,27 @@
-//! Where a shard is between opening and its end.
+//! The life of a shard: opening, open, closing, closed.
 
 use super::Token;
 use crate::base::error::Error;
 
-/// Who closes the store.
+/// What closes the store.
 pub(super) enum Closing {
-    /// A caller, who is answered when it is closed.
+    /// A caller, which is answered when the store is closed.
     Caller(Token),
-    /// The leader; or the caller has been answered.
+    /// The leader, or a caller that has been answered.
     Leader,
 }
 
-/// Opening, open, closing, closed.
+/// Where a shard is between opening and closed.
 pub(super) struct Life {
-    /// No requests yet.
+    /// Whether it still opens, and takes no requests yet.
     pub opening: bool,
-    /// The log has not been redone yet, or no new epoch has begun since.
+    /// Whether the log has not been redone yet, or no new epoch has begun since.
     pub redoing: bool,
     /// The first failure, while opening.
     pub open_error: Option<Error>,
-    /// The store closes.
+    /// What closes the store, if it is being closed.
     pub closing: Option<Closing>,
-    /// The leader has been told that no request is under way any more.
+    /// Whether the shard has reported to the leader that no request is in progress any more.
     pub quiet: bool,
     pub closed: bool,
 }

@@ -1,10 +1,10 @@
-//! What shards say to each other. Drivers carry messages and never look into them.
+//! The messages that shards send each other. Drivers carry them and never look into them.
 //!
 //! Invariants
 //! 1. Between two shards messages arrive in the order in which they were sent, each once.
-//! 2. Nobody waits for room: how many can be under way between two shards is bounded by the
-//!    protocols (commits under way at their owner, one checkpoint, one compaction a shard), not by
-//!    the one who carries them.
+//! 2. No sender waits for room: the protocols bound how many messages can be in flight between two
+//!    shards (commits in progress at their owner, one checkpoint, one compaction for each shard),
+//!    not the driver that carries them.
 //!
 //! ```text
 //! commit      owner --Prepare--> part --Vote--> owner --Decide--> part --Applied, Durable--> owner
@@ -26,7 +26,7 @@ use crate::format::superblock::{LogState, RootVersion, Superblock};
 pub enum Message {
     /// The part of a commit over shards that concerns the receiver: hold its pages and vote.
     Prepare(u64, Box<PrepareRequest>),
-    /// The answer.
+    /// The answer to `Prepare`.
     Vote(u64, Vote),
     /// All votes are in.
     Decide(u64, Decision),
@@ -34,9 +34,10 @@ pub enum Message {
     Applied(u64),
     /// The part is durable.
     Durable(u64),
-    /// Somebody waits until everything up to here is durable: what is open is to be written.
+    /// A request waits until everything up to here is durable: the receiver must write its open
+    /// group.
     RequestFlush(Lsn),
-    /// The sender has stopped after a failed write or flush: so must everybody.
+    /// The sender has stopped after a failed write or flush: so must every other shard.
     Failed(Error),
     /// A checkpoint is wanted.
     WantCheckpoint(Pace),
@@ -48,11 +49,12 @@ pub enum Message {
     Hurry,
     /// The sender has begun it.
     Began,
-    /// Everybody has: the new roots must reflect every record up to here.
+    /// Every shard has begun it: the new roots must reflect every record up to here.
     Redo(Lsn),
-    /// The sender's trees are captured; what this means for the extents of the receiver.
+    /// The sender's trees are captured; carries what this means for the extents of the receiver.
     Captured(Box<Handover>),
-    /// What the sender has to say in table and superblock; its part is written.
+    /// The sender's part of the checkpoint is written; carries its part of the table and the
+    /// superblock.
     Ready(Box<Contribution>),
     /// The checkpoint is durable, by this superblock.
     Done(Box<Superblock>),
@@ -60,61 +62,63 @@ pub enum Message {
     Redone,
     /// The store is being closed: take no more requests, and say when the last is done.
     Quiesce,
-    /// The sender has no request under way.
+    /// The sender has no request in progress.
     Quiet,
-    /// The sender needs more extents, and may go so many beyond the limit.
+    /// The sender needs more extents, and may exceed the limit by this many.
     WantSpace(u32),
-    /// These extents are the receiver's from now on.
+    /// The receiver owns these extents from now on.
     Granted(Vec<ExtentNo>),
     /// The data space can't grow.
     Denied,
-    /// Give some free extents to the sender, if you have more than you need; or (`Stuck`) more than
-    /// two, because the sender can't finish an opening or a checkpoint.
+    /// The receiver gives some free extents to the sender, if it has more than it needs; or
+    /// (`Stuck`) if it has more than two, because the sender can't finish an opening or a
+    /// checkpoint.
     DonateExtents(Urgency),
-    /// Compaction wants this moved from here.
+    /// Compaction needs this item moved away from here.
     Move(ItemKind, BlockAddr),
-    /// What was there is on its way, or needs not move; or it can't be read.
+    /// The item that was here is on its way, or need not move, or can't be read.
     Moved(BlockAddr, Option<Error>),
 }
 
 /// One shard's part of a commit.
 #[derive(Clone, Debug, Default)]
 pub struct PrepareRequest {
-    /// Pages read, with the version read.
+    /// The pages read, each with the version read.
     pub reads: Vec<(PageKey, Lsn)>,
-    /// Changes, in order.
+    /// The changes, in order.
     pub changes: Vec<(PageKey, Change)>,
-    /// It is the part of the owner, which logs a record even without pages of its own.
+    /// Whether it is the part of the owner, which logs a record even without pages of its own.
     pub owner_logs: bool,
-    /// When the commit was asked for first: the oldest goes first.
+    /// When the commit was first requested: the oldest goes first.
     pub since: Micros,
 }
 
-/// What a shard says to its part of a commit.
+/// A shard's vote on its part of a commit.
 #[derive(Debug)]
 pub enum Vote {
-    /// All is as it was read, held and reserved; the newest version that was read.
+    /// All pages are as they were read, are held, and have their room reserved; carries the newest
+    /// version that was read.
     Yes(Lsn),
     /// A page is held by another commit.
     Conflict,
-    /// Memory, log room or space are short for now.
+    /// Memory, log room or space is short for now.
     Busy,
-    /// It can't be done.
+    /// The part can't be carried out.
     No(Error),
 }
 
-/// What becomes of a part.
+/// The owner's decision about a part.
 #[derive(Clone, Copy, Debug)]
 pub enum Decision {
-    /// It is done under this LSN; somebody waits for its durability, or for its effect, or for
-    /// neither.
+    /// The part is carried out under this LSN; a request waits for its durability, or for its
+    /// effect, or for neither.
     Commit {
         /// The LSN.
         lsn: Lsn,
-        /// Somebody waits until it is durable.
+        /// Whether a request waits until it is durable.
         urgent: bool,
     },
-    /// Nothing is done.
+    /// The part is dropped.
     Abort,
 }
 
@@ -129,21 +133,21 @@ pub struct NewEpoch {
     pub first_lsn: Lsn,
 }
 
-/// How much a request for space matters.
+/// The urgency of a request for space.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Urgency {
     /// The limit may be exceeded by this many extents.
     Overcommit(u32),
-    /// Nothing goes on without it.
+    /// An opening or a checkpoint can't finish without it.
     Stuck,
 }
 
-/// The beginning of a checkpoint.
+/// The properties of a checkpoint that begins.
 #[derive(Clone, Copy, Debug)]
 pub struct Begin {
-    /// It begins an epoch: the one that ends a recovery.
+    /// The epoch that it begins, if it ends a recovery.
     pub new_epoch: Option<NewEpoch>,
-    /// It ends the store's life.
+    /// Whether it closes the store.
     pub clean: bool,
     /// How fast its pages go to their places.
     pub pace: Pace,
@@ -161,7 +165,7 @@ pub enum Pace {
 /// What a capture means for the extents of another shard.
 #[derive(Debug, Default)]
 pub struct Handover {
-    /// Places that the new roots name and the old ones did not.
+    /// Places that the new roots name and the old ones don't.
     pub named: Vec<(BlockAddr, ItemKind)>,
     /// Places that the new roots do not name, free with this checkpoint.
     pub retired: Vec<BlockAddr>,
@@ -176,6 +180,6 @@ pub struct Contribution {
     pub rows: Vec<(ExtentNo, TableRow)>,
     /// Its roots.
     pub roots: Vec<(VShard, RootVersion)>,
-    /// How long its log is, and where it ends.
+    /// The length of its log, and where it ends.
     pub log: LogState,
 }

@@ -12,7 +12,7 @@
 //!    changes.
 //! 2. No effect of a commit leaves the shard before its LSN is allocated.
 //! 3. A durable reply leaves only when the watermark has reached the commit.
-//! 4. After the first failed write or flush nothing is acknowledged any more (`failed`), and
+//! 4. After the first failed write or flush (`failed`) nothing is acknowledged any more, and
 //!    nothing more is written.
 //! 5. Every queue is bounded: [`Shard::accepting`] says when to stop bringing requests.
 //!
@@ -20,7 +20,7 @@
 
 mod shard;
 
-// What comes in and goes out, what all components share, and what is under way.
+// Requests and effects, what all components share, and what is in progress.
 mod context;
 mod event;
 mod pins;
@@ -35,7 +35,7 @@ mod build;
 mod state_machine;
 mod work;
 
-// The way of a write.
+// The path of a write.
 mod txn;
 mod cache;
 mod shortage;
@@ -97,8 +97,8 @@ use watermark::WatermarkWaiters;
 use work::Work;
 use writeback::WriteBack;
 
-/// One shard: its components, which [`turn`](Shard::turn) advances. Their order, the lowest first, is
-/// that of who may call whom; `tests/tidy/calls.rs` holds it.
+/// One shard: its components, which [`turn`](Shard::turn) advances. They stand lowest first: a
+/// component may call only those before it, as `tests/tidy/calls.rs` checks.
 pub struct Shard {
     life: Life,
     ctx: Context,

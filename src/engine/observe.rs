@@ -1,9 +1,9 @@
-//! What the simulator is told about a shard: which reads are whose, what waits for memory, how many
-//! of everything there are.
+//! Shows the simulator the inside of a shard: what each read is for, what waits for memory, and how
+//! many of everything there are.
 //!
 //! Invariants
 //! 1. Nothing here changes anything.
-//! 2. It counts what is there, not what somebody has kept count of.
+//! 2. It counts what is there, and relies on no kept count.
 //!
 //! It does *not* exist in a release build, and judges nothing.
 
@@ -15,20 +15,20 @@ use crate::io::OpId;
 /// Levels of the tree of a virtual shard and a volume: none, or that of its top and one more.
 type Levels = u8;
 
-/// A read of a map node under way, and how the map stands to it now.
+/// A read of a map node in flight, and what the map now says about the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NodeLoad {
-    /// The node hangs from the root block.
+    /// Whether the root block names the node.
     pub(crate) is_top: bool,
     /// The levels of its tree.
     pub(crate) levels: Levels,
-    /// Its parent is in memory, or it is the top.
+    /// Whether its parent is in memory, or it is the top.
     pub(crate) has_parent: bool,
-    /// The map names this node, at the place from which it is read.
+    /// Whether the map names this node at the place from which it is read.
     pub(crate) is_current: bool,
 }
 
-/// How many there are of everything that a shard keeps.
+/// The number of everything that a shard keeps.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     /// Frames of the arena.
@@ -38,31 +38,32 @@ pub(crate) struct Counts {
     pub(crate) pages_needed: u64,
     /// Map nodes in memory.
     pub(crate) nodes: u64,
-    /// Requests under way here, parts of commits over shards too, and the pages that they name.
+    /// Requests in progress here, including parts of commits over shards, and the pages that they
+    /// name.
     pub(crate) requests: u64,
     pub(crate) requests_pages: u64,
     /// Commits over shards that this shard leads.
     pub(crate) cross: u64,
     /// Replies that wait for the watermark.
     pub(crate) waiting: u64,
-    /// Nodes that somebody waits for, and who waits.
+    /// Nodes that requests wait for, and these requests.
     pub(crate) node_waits: u64,
     pub(crate) node_waiters: u64,
     /// Reads that have not been submitted.
     pub(crate) reads_wanted: u64,
-    /// Operations under way.
+    /// Operations in flight.
     pub(crate) ops: u64,
     /// Versions on their way to their places.
     pub(crate) versions: u64,
 }
 
 impl Shard {
-    /// Whether operation `id` reads pages, for whoever asked for them.
+    /// Whether operation `id` reads pages for requests.
     pub(crate) fn is_page_read(&self, id: OpId) -> bool {
         matches!(self.ctx.ops.get(OpIdx::new(id.0 as usize)), Some(OpKind::PageRead(_)))
     }
 
-    /// The read of a map node that operation `id` is, if it is one.
+    /// The read of a map node, if operation `id` is one.
     pub(crate) fn node_load(&self, id: OpId) -> Option<NodeLoad> {
         let Some(OpKind::NodeRead(wanted)) = self.ctx.ops.get(OpIdx::new(id.0 as usize)) else {
             return None;
@@ -78,7 +79,7 @@ impl Shard {
         Some(NodeLoad { is_top, levels, has_parent, is_current })
     }
 
-    /// The levels of the highest tree of this shard's.
+    /// The levels of this shard's highest tree.
     pub(crate) fn levels_most(&self) -> Levels {
         let vshards = self.ctx.shard_map.owned_by(self.ctx.id);
         let tops = vshards.flat_map(|vshard| self.map.root(vshard).children.iter());
@@ -90,7 +91,7 @@ impl Shard {
         self.ctx.blocked.lacks_memory()
     }
 
-    /// Commits, and parts of them, whose pages are all there and that have not been carried out.
+    /// Commits, and parts of commits, that have all their pages and have not been carried out.
     pub(crate) fn commits_ready(&self) -> usize {
         self.requests.queued().0
     }
@@ -100,7 +101,7 @@ impl Shard {
         self.ctx.blocked.is_checkpoint_starved()
     }
 
-    /// Checkpoints that have ended in this life.
+    /// Checkpoints that have ended since the store was opened.
     pub(crate) fn checkpoints_ended(&self) -> u64 {
         self.ctx.stats.checkpoints
     }
@@ -120,7 +121,7 @@ impl Shard {
         self.ctx.arena.blocks().into()
     }
 
-    /// A frame that the shard goes without from now on.
+    /// Takes a frame away from the shard.
     pub(crate) fn take_frame(&mut self) -> Option<crate::memory::Frame> {
         self.ctx.arena.alloc(0)
     }

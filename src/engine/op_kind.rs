@@ -1,36 +1,36 @@
-//! What the operations are for that a shard has given to the device: its side of a completion.
+//! Records what each operation in flight is for: the shard's side of a completion.
 
 use super::log::FlushSet;
 use crate::base::{ExtentNo, NodeIdx, PageIdx, PageVersionIdx, ShardId};
 use crate::format::extent::NodeKey;
 use crate::format::node::{Child, Entry};
 
-/// What an operation under way is for.
+/// The purpose of an operation in flight.
 pub(super) enum OpKind {
-    /// Pages, and `None` for what lies between them.
+    /// The read of pages, with `None` for the blocks between them.
     PageRead(Vec<Option<PageRead>>),
     NodeRead(NodeWanted),
     /// The log write of a group.
     GroupLog(u64),
-    /// Pages of a group, straight to their places.
+    /// The write of a group's pages straight to their places.
     GroupData(u64, Vec<PageVersionIdx>),
     /// The flush of some groups.
     GroupFlush(FlushSet),
-    /// Dirty pages to their places.
+    /// The write of dirty pages to their places.
     PageWrite(Vec<PageVersionIdx>),
     SummaryWrite(ExtentNo),
     SummaryRead(ExtentNo),
     /// A step of the checkpoint.
     Checkpoint,
-    /// More data space.
+    /// The growth of the data space.
     Grow(Growth),
-    /// A segment by which the log gets longer.
+    /// The creation of a segment, which makes the log longer.
     LogSegment,
-    /// Some blocks of a log group that is redone, from this one on.
+    /// The read of some blocks of a log group for the redo, from this block on.
     RedoRead(usize),
 }
 
-/// A node that is to be read.
+/// A node to read.
 pub(super) struct NodeWanted {
     pub key: NodeKey,
     pub child: Child,
@@ -38,13 +38,13 @@ pub(super) struct NodeWanted {
     pub parent: Option<NodeIdx>,
 }
 
-/// One page of a read under way.
+/// One page of a read in flight.
 pub(super) struct PageRead {
     pub page: PageIdx,
     pub entry: Entry,
 }
 
-/// A growth under way: first the table, then the data.
+/// The step of a growth in progress: first the table, then the data.
 #[derive(Clone, Copy)]
 pub(super) struct Growth {
     pub of: ShardId,

@@ -1,7 +1,7 @@
-//! Pinned pages, counted against whoever holds them.
+//! Counts pinned pages against the handle that holds them.
 //!
 //! Invariants
-//! 1. What is taken is given back exactly once: with the page, or with what was left of the share.
+//! 1. Each pin taken is given back exactly once: with its page, or with the rest of its share.
 //! 2. A clone of a page counts as a page, but is never refused.
 
 use crate::base::error::{Error, ErrorKind, Result};
@@ -20,7 +20,7 @@ impl PinQuota {
         Arc::new(PinQuota { held: AtomicUsize::new(0), most })
     }
 
-    /// As many again, for another handle.
+    /// A quota of the same size, for another handle.
     pub(crate) fn another(&self) -> Arc<PinQuota> {
         PinQuota::new(self.most)
     }
@@ -28,7 +28,7 @@ impl PinQuota {
     /// A share for `count` pages.
     ///
     /// # Errors
-    /// `Busy`: too many are held.
+    /// `Busy` if too many pages are held.
     pub(crate) fn take(this: &Arc<PinQuota>, count: usize) -> Result<PinReservation> {
         this.hold(count)?;
         Ok(PinReservation { pins: this.clone(), count })
@@ -60,7 +60,7 @@ impl PinQuota {
     }
 }
 
-/// A share of pins for pages that have not come yet.
+/// A share of pins for pages that have not arrived yet.
 #[derive(Debug)]
 pub(crate) struct PinReservation {
     pins: Arc<PinQuota>,
@@ -101,8 +101,8 @@ impl Drop for Pin {
 mod tests {
     use super::*;
 
-    /// If this fails, a caller that asks for more than it can have makes others, who ask for a
-    /// page, hear that the store is busy.
+    /// If this fails, a caller that requests more than it can have makes others, which request one
+    /// page, get `Busy`.
     #[test]
     fn what_is_refused_is_in_nobodys_way() {
         let (pins, done) = (PinQuota::new(100), std::sync::atomic::AtomicBool::new(false));

@@ -1,5 +1,5 @@
 //! Redo: while the store is opened, each shard reads the groups of the old logs that concern its
-//! pages, and does their changes again. They take the same way as new ones, without the log.
+//! pages, and does their changes again. They take the same path as new changes, except for the log.
 //!
 //! ```text
 //! next group --read--> whole commits --a batch at a time: pages loaded, admitted, changed--> next
@@ -7,19 +7,19 @@
 //! ```
 //! Invariants
 //! 1. All records of a page stand in one log, in LSN order: an epoch has one deal. So the logs need
-//!    no merging here; what needed all of them, the recovered LSN, is known before. All that a
+//!    no merging here; the recovered LSN, which needed all of them, is already known. All that a
 //!    commit did to a page is one change: a second one with the same LSN would be skipped by rule
 //!    2.
 //! 2. A change at or below the page's version is skipped: the root reflects it already.
-//! 3. If memory or space run short meanwhile, a checkpoint may come in between. It belongs to the
-//!    old epoch and keeps the old redo LSN: a recovery after a crash begins anew, and skips what is
+//! 3. If memory or space runs short meanwhile, a checkpoint may come in between. It belongs to the
+//!    old epoch and keeps the old redo LSN: a recovery after a crash starts over, and skips what is
 //!    there by rule 2.
 //! 4. What is loaded and pinned at a time is a part of the memory, whatever the store that wrote
 //!    the log had: a commit of any size is redone in parts, which rule 2 allows. On the heap are
 //!    one group as it was written (1 MiB, or one commit of the largest size: 66 MiB with
 //!    `txn_bytes_max` at its most) and what is decoded of it.
-//! 5. Nothing is served meanwhile, and nothing that is durable is overwritten: a crash here only
-//!    means to begin anew.
+//! 5. No request is served meanwhile, and nothing durable is overwritten: after a crash here the
+//!    recovery just starts over.
 
 use super::cache::table::Needs;
 use super::log::StoredGroup;
@@ -37,25 +37,25 @@ use hashbrown::HashMap;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 
-/// Reads of a group under way, and the part of the memory that each may take.
+/// The most reads of a group in flight, and the part of the memory that each may take.
 const LOADS_MAX: u32 = 4;
 const LOAD_MEMORY_SHARE: usize = 32;
 
-/// One change to be redone.
+/// One change to redo.
 pub(super) struct RedoChange {
     pub lsn: Lsn,
     pub key: PageKey,
     pub kind: RedoKind,
 }
 
-/// What the log says of the page.
+/// What the log says about the page.
 pub(super) enum RedoKind {
-    /// These bytes.
+    /// The page has these bytes.
     Image(Bytes),
-    /// It has been written to its place already.
+    /// The page has already been written to its place.
     Placed(Entry),
     Patches {
-        /// The page was freed first: the patches go over zeros.
+        /// Whether the page was freed first: then the patches apply to zeros.
         over_zeros: bool,
         /// Offset and bytes, in order.
         patches: SmallVec<[(u32, Bytes); 1]>,
@@ -69,7 +69,8 @@ impl RedoKind {
         matches!(self, RedoKind::Patches { over_zeros: false, .. })
     }
 
-    /// What this and then `next`, of the same commit, do to a page. `None`: no commit logs that.
+    /// What this change and then `next`, of the same commit, do to a page. `None`: no commit logs
+    /// that.
     fn then(self, next: RedoKind) -> Option<RedoKind> {
         match (self, next) {
             (
@@ -90,10 +91,10 @@ impl RedoKind {
 
 /// The redo of the log after a crash.
 pub(super) struct Redo {
-    /// Until the log is redone.
+    /// The state of the redo, until the log is redone.
     pub recovering: Option<Recovering>,
     pub redone: bool,
-    /// The changes that are being redone, the last first: their request is pending.
+    /// The changes of the batch in progress, last first: their request is pending.
     batch: Vec<RedoChange>,
     /// The commit up to which the store was recovered.
     pub recovered_lsn: Lsn,
@@ -105,11 +106,11 @@ impl Redo {
     }
 }
 
-/// What is to be redone, and how far that has come.
+/// The groups to redo, and how far the redo has come.
 pub(crate) struct Recovering {
-    /// The roots reflect everything up to here.
+    /// The LSN up to which the roots reflect everything.
     pub redo: Lsn,
-    /// The state to be restored; everything up to here is durable.
+    /// The LSN of the state to restore; everything up to it is durable.
     pub recovered_lsn: Lsn,
     /// Groups that concern the shard, each log in its order.
     pub groups: VecDeque<GroupHead>,
@@ -135,7 +136,7 @@ struct Load {
 type Redone = Vec<RedoChange>;
 
 impl Shard {
-    /// Takes the next step, if nothing is under way for the last.
+    /// Takes the next step, if nothing is in progress for the last one.
     pub(super) fn advance_redo(&mut self) {
         if self.redo.redone || self.ctx.failed.is_some() || !self.requests.pending.is_empty() {
             return;
@@ -159,7 +160,7 @@ impl Shard {
         self.ctx.send(ShardId::LEADER, Message::Redone);
     }
 
-    /// Reads what is not asked for yet, as memory allows.
+    /// Submits the reads that are still missing, as memory allows.
     fn load_group(&mut self) {
         let memory = self.ctx.limits.memory_blocks as usize;
         let blocks_max = self.ctx.limits.vectored_pages_max.min(memory / LOAD_MEMORY_SHARE);
@@ -187,7 +188,7 @@ impl Shard {
         }
     }
 
-    /// Blocks of a group arrive, from block `at` of it on.
+    /// Takes blocks of a group that have arrived, from block `at` of the group on.
     pub(super) fn redo_read(&mut self, at: usize, completion: Completion) {
         self.ctx.need_all();
         let DiskOp::Read { into, .. } = completion.op else {
@@ -239,7 +240,7 @@ impl Shard {
         }
     }
 
-    /// Begins to redo as many changes as fit into memory; of a large commit only a part.
+    /// Begins to redo as many changes as fit into memory: only a part of a large commit.
     fn redo_batch(&mut self) {
         let most = (self.ctx.limits.memory_blocks / 32).clamp(4, 1024) as usize;
         let Some(recovering) = &mut self.redo.recovering else { return };
@@ -263,7 +264,7 @@ impl Shard {
         self.begin(None, PendingKind::Redo, pages, |i| data[i]);
     }
 
-    /// Goes on with the batch, as far as there is room and what it needs is in memory.
+    /// Continues the batch, as far as there is room and what it needs is in memory.
     pub(super) fn run_redo(&mut self) {
         let Some(waiter) = self.requests.ready_redo() else { return };
         if let Some(error) =
@@ -358,8 +359,8 @@ impl Shard {
         if let Some(old) = self.map.set(leaf, key, Some(entry)) {
             self.space.extents.free_later(vshard, old.place());
         }
-        // A checkpoint in the middle of the redo may wait for an older version, which goes nowhere
-        // now.
+        // A checkpoint in the middle of the redo may wait for an older version, which will not be
+        // written now.
         if self.cache.table.pages[idx].checkpoint_target == Lsn::ZERO || !planted!(RedoneUnsettled)
         {
             self.page_published(idx);
@@ -368,7 +369,7 @@ impl Shard {
     }
 }
 
-/// The commits of a group that are wanted, with those of their changes that are.
+/// The commits of a group to redo, with those of their changes that concern the shard.
 fn decode(
     head: &GroupHead,
     bytes: &Bytes,
@@ -413,10 +414,10 @@ fn decode(
     Some(commits)
 }
 
-/// What a commit did to its pages: a page has one version a commit.
+/// What a commit did to its pages: each page gets one version from each commit.
 #[derive(Default)]
 struct Changes {
-    /// In the order of each page's last change; `None`: a later one has taken it in.
+    /// In the order of each page's last change; `None`: merged into a later one.
     changes: Vec<Option<RedoChange>>,
     last: HashMap<PageKey, usize, foldhash::fast::FixedState>,
 }

@@ -1,9 +1,10 @@
-//! Requests under way: from arrival to the one reply that each gets.
+//! Requests in progress: from arrival to the one reply that each gets.
 //!
 //! Invariants
-//! 1. A pending request stands in exactly one queue once everything that it needs is there or has
+//! 1. A pending request is in exactly one queue once everything that it needs is there or has
 //!    failed, and in none before.
-//! 2. It ends when the cache releases its pages (see `cache::holds`); whoever releases it answers.
+//! 2. It ends when the cache releases its pages (see `cache::holds`); the step that releases it
+//!    answers it.
 //!
 //! It knows neither pages nor commits: what a request waits for is counted, not named.
 
@@ -22,16 +23,16 @@ use std::collections::VecDeque;
 pub(super) struct Pending {
     pub token: Option<Token>,
     pub kind: PendingKind,
-    /// Pages, in the order of the request: those read, then those changed.
+    /// Its pages, in the order of the request: those read, then those changed.
     pub pages: SmallVec<[PageIdx; 2]>,
     missing: u32,
-    /// Its place among those who ask for map nodes.
+    /// Its age among the requests that need map nodes.
     pub asked: u64,
-    /// Which of the pages must keep their bytes in memory, by bits.
+    /// A bit for each page: whether its bytes must stay in memory.
     with_data: SmallVec<[u64; 1]>,
     /// How often a commit has given back what it had pinned, to wait for a map node.
     pub yields: u8,
-    /// It waits at the head of the queue.
+    /// Whether it waits at the head of the queue.
     pub stays: bool,
     /// Its part of `Reservations::request_bytes`.
     pub weight: u64,
@@ -39,16 +40,16 @@ pub(super) struct Pending {
 }
 
 pub(super) enum PendingKind {
-    /// So many of the pages were in memory.
+    /// The number of its pages that were in memory.
     Read(u32),
-    /// Its state is the cache's.
+    /// The cache has its state.
     Walk,
     Commit(Commit),
-    /// Of a commit over shards.
+    /// A part of a commit over shards.
     Part(Box<Part>),
-    /// A batch of changes, which the redo keeps.
+    /// A batch of changes; the redo has them.
     Redo,
-    /// Compaction, of that shard, wants to move the page away from here.
+    /// The compaction of that shard needs the page moved away from here.
     Move(BlockAddr, ShardId),
 }
 
@@ -57,14 +58,14 @@ pub(super) struct Part {
     pub of: PartRef,
     pub commit: Commit,
     pub owner_logs: bool,
-    /// When the commit was asked for first.
+    /// When the commit was first requested.
     pub since: Micros,
-    /// What a `Yes` has reserved.
+    /// The reservation of a `Yes` vote.
     pub reserved: Option<Reserved>,
 }
 
 impl Pending {
-    /// Panics if what is known of the request contradicts itself: it would be carried out without a
+    /// Panics if the state of the request contradicts itself: it would be carried out without a
     /// page that it needs, or never be answered.
     fn assert_state(&self) {
         let pages = self.pages.len();
@@ -93,7 +94,7 @@ impl Pending {
         }
     }
 
-    /// The commit, or the part of one.
+    /// The commit, or the part of a commit.
     pub fn commit(&self) -> Option<&Commit> {
         match &self.kind {
             PendingKind::Commit(commit) => Some(commit),
@@ -116,7 +117,7 @@ impl Pending {
         self.with_data.get(i / 64).is_some_and(|bits| bits >> (i % 64) & 1 == 1)
     }
 
-    /// How many of the pages are there because they were read.
+    /// How many of the pages the request reads.
     pub fn reads_count(&self) -> usize {
         self.commit().map_or(0, |commit| commit.reads.len())
     }
@@ -127,7 +128,7 @@ pub(super) fn patched(changes: &[(PageKey, Change)]) -> Vec<bool> {
     changes.iter().map(|(_, change)| matches!(change, Change::Patch { .. })).collect()
 }
 
-/// Requests under way in this shard, and those whose pages are all there.
+/// The requests in progress in this shard, and the queues of those whose pages are all there.
 pub(super) struct Requests {
     pub pending: IndexedSlab<RequestIdx, Pending>,
     /// Commits whose pages are all there, in the order in which they became so.
@@ -151,8 +152,9 @@ impl Requests {
         }
     }
 
-    /// Registers a request that needs `pages`, those of `with_data` with their bytes. One need is
-    /// open until the caller has asked for all of them and calls [`need_met`](Self::need_met).
+    /// Registers a request that needs `pages`, those of `with_data` with their bytes. One need
+    /// stays open until the caller has requested all of them and calls
+    /// [`need_met`](Self::need_met).
     pub fn begin(
         &mut self,
         token: Option<Token>,
@@ -175,12 +177,12 @@ impl Requests {
         })
     }
 
-    /// The first of the commits whose pages are all there.
+    /// The first commit whose pages are all there.
     pub fn first_ready(&self) -> Option<RequestIdx> {
         self.ready.front().copied()
     }
 
-    /// Takes the first of the commits whose pages are all there out of their queue.
+    /// Takes the first commit whose pages are all there out of the queue.
     pub fn take_ready(&mut self) {
         assert!(self.ready.pop_front().is_some(), "no commit is ready");
     }
@@ -195,7 +197,7 @@ impl Requests {
         self.ready_redo
     }
 
-    /// Takes that batch out of its place: it has ended, or waits for something.
+    /// Takes that batch out of its slot: it has ended, or waits for something.
     pub fn take_ready_redo(&mut self) -> Option<RequestIdx> {
         self.ready_redo.take()
     }
@@ -211,12 +213,12 @@ impl Requests {
         (commits + usize::from(self.ready_redo.is_some()), self.finished.len())
     }
 
-    /// A request must wait for one more thing.
+    /// Records that a request must wait for one more thing.
     pub fn need_more(&mut self, waiter: RequestIdx) {
         self.pending[waiter].missing += 1;
     }
 
-    /// One thing that the request waited for is there, or has failed.
+    /// Records that one thing that the request waited for is there, or has failed.
     pub fn need_met(&mut self, waiter: RequestIdx, error: Option<Error>, ctx: &mut Context) {
         let pending = &mut self.pending[waiter];
         assert!(pending.missing > 0, "{waiter:?} got something, and waited for nothing");

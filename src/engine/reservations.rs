@@ -1,10 +1,10 @@
-//! What is promised before it is used: frames, blocks of log and data space, and the heap that
-//! requests take. Admission looks here, and nowhere else, for what is not free any more.
+//! Counts what is promised before it is used: frames, blocks of log and data space, and the heap
+//! that requests take. Admission looks here, and nowhere else, for what is no longer free.
 //!
 //! Invariants
-//! 1. Each count is raised by whoever promises and lowered by whoever uses or gives up, once each;
-//!    the audit counts all of them anew.
-//! 2. What parts of commits over shards and checkpoints have reserved is taken by nobody else.
+//! 1. Each promise raises its count once, and its use or release lowers it once; the audit recounts
+//!    all of them.
+//! 2. Nothing else takes what parts of commits over shards and checkpoints have reserved.
 //!
 //! It decides nothing: see `txn::admission`, `space` and `budget`.
 
@@ -16,17 +16,18 @@ use crate::format::group::{RawChange, RawParts, RawRecord};
 use crate::format::node::LEAF_ENTRIES;
 use crate::memory::Arena;
 
-/// Requests under way keep pages in this part of the memory; one more is begun below it.
+/// The part of the memory in which requests in progress may keep pages; another request begins only
+/// below it.
 pub(super) const HELD_PAGES_SHARE: usize = 4;
 
-/// Frames that are left to checkpoints at least: some roots, or blocks of the extent table.
+/// The fewest frames left to checkpoints: some roots, or blocks of the extent table.
 const CHECKPOINT_FRAMES_MIN: u32 = 8;
 
-/// Of 32 parts of the frames, how many dirty map nodes may take (a third of the memory, tables
-/// included), and with how many a checkpoint is asked for. Under random overwrites every leaf is
-/// dirty before long: a 64th of what is overwritten. Where they all find room here a checkpoint is
-/// for the sake of space or of the log, and pays for many pages; where they don't, nearly every
-/// page written costs a leaf.
+/// How many of 32 parts of the frames dirty map nodes may take (a third of the memory, including
+/// tables), and at how many a checkpoint is requested. Under random overwrites every leaf is soon
+/// dirty: a 64th of what is overwritten. Where all leaves fit here, a checkpoint comes only for
+/// space or for the log, and serves many pages; where they don't, nearly every page written costs a
+/// leaf.
 const DIRTY_NODES_MAX: u64 = 12;
 const DIRTY_NODES_MANY: u64 = 10;
 
@@ -40,35 +41,34 @@ pub(super) fn dirty_nodes_are_many(map: &Map, limits: &Limits) -> bool {
     map.dirty_count() as u64 > u64::from(limits.memory_blocks) * DIRTY_NODES_MANY / 32
 }
 
-/// What a shard has promised.
+/// Everything that a shard has promised.
 pub(super) struct Reservations {
     /// Frames of the arena.
     frames: u32,
-    /// Frames that are taken for good: log buffers and the superblock's.
+    /// Frames that are taken for good: log buffers, and those of the superblock.
     pub fixed_frames: u32,
-    /// Frames that are left to checkpoints. What they write goes out in parts of this size at
-    /// least, and comes back: so one ends even while readers have pinned all the rest.
+    /// Frames that are left to checkpoints. A checkpoint can always write in parts of this size and
+    /// gets the frames back: so it ends even while readers have pinned all the rest.
     pub checkpoint_frames: u32,
-    /// Pages whose bytes requests under way need in memory, each time that one is needed.
+    /// Pages whose bytes requests in progress need in memory, counted once for each need.
     pub held_pages: usize,
-    /// Pages that compaction is about to move away, and nodes that wait for a read before it moves
-    /// them.
+    /// Pages that compaction is about to move, and nodes that must be read before it moves them.
     pub moves: usize,
-    /// What requests of callers take of the heap, in bytes (see `budget`).
+    /// The heap that requests of callers take, in bytes (see `budget`).
     pub request_bytes: u64,
     /// Blocks of data space that dirty pages and page images of the open group will take.
     pub dirty_blocks: u64,
     /// Versions of pages that have left the dirty pages and are not in the map yet.
     pub unpublished: u64,
-    /// Those of them that free a page: each keeps an entry of the page table until then.
+    /// Those versions that free a page: each keeps an entry in the page table until then.
     pub frees_unpublished: u64,
-    /// What parts of commits over shards may still need.
+    /// Reservations for parts of commits over shards.
     pub parts: Reserved,
 }
 
 impl Reservations {
-    /// What is taken of `arena` before the shard begins, and what a checkpoint needs that writes
-    /// summaries of `summary_blocks` blocks.
+    /// The reservations at the start: what is already taken from `arena`, and what a checkpoint
+    /// needs if its summaries have `summary_blocks` blocks.
     pub fn new(arena: &mut Arena, summary_blocks: u32) -> Self {
         Reservations {
             frames: arena.blocks(),
@@ -89,8 +89,8 @@ impl Reservations {
         self.frames - self.fixed_frames
     }
 
-    /// Whether requests under way leave most of the memory to those in front of them, who may need
-    /// it to end.
+    /// Whether requests in progress leave most of the memory to those in front of them, which may
+    /// need it to end.
     pub fn holds_little(&self) -> bool {
         self.held_pages <= self.usable_frames() as usize / HELD_PAGES_SHARE
     }
@@ -101,12 +101,12 @@ impl Reservations {
     }
 }
 
-/// What parts with a `Yes` may still need.
+/// What parts with a `Yes` vote may still need.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(super) struct Reserved {
     /// Parts.
     pub count: usize,
-    /// Blocks of log, each part in a group of its own.
+    /// Blocks of log, if each part is in a group of its own.
     pub log_blocks: u32,
     /// Frames for new versions.
     pub frames: u32,
@@ -138,21 +138,21 @@ impl Reserved {
     }
 }
 
-/// What commits need.
+/// The needs of a commit.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Need {
     /// Bytes of records.
     pub record_bytes: usize,
-    /// Whole pages, each a image.
+    /// Whole pages, each an image.
     pub images: usize,
     /// Frames for new versions.
     pub frames: u32,
     /// Changes: each may dirty a page.
     pub changes: u64,
-    /// Map nodes that they may dirty.
+    /// Map nodes that the changes may dirty.
     pub nodes: u64,
-    /// It makes room: only frees, or a change of the catalog, of which a deletion is one. It may
-    /// use a reserve.
+    /// Whether it makes room: it only frees pages, or changes the catalog, as a deletion does. Then
+    /// it may use a reserve.
     pub makes_room: bool,
 }
 
@@ -181,8 +181,8 @@ impl Need {
         need
     }
 
-    /// Blocks of data space that it may take: each page written one as a image and another later,
-    /// and its map nodes on top. A freed page takes none.
+    /// Blocks of data space that the commit may take: for each page written, one as an image and
+    /// another later, and its map nodes on top. A freed page takes none.
     pub fn blocks(&self) -> u64 {
         2 * u64::from(self.frames) + self.nodes
     }

@@ -9,24 +9,23 @@
 //! 1. The superblock counts a segment only when its file exists, as durable zeros.
 //! 2. A segment is used only when a durable superblock counts it: recovery takes no group of any
 //!    other.
-//! 3. A file that can't be made ends this growth and nothing else. The next try comes with a later
-//!    checkpoint.
+//! 3. If a file can't be made, this growth ends and nothing else. A later checkpoint tries again.
 //! 4. A checkpoint does not wait for a growth: the next superblock counts the segments that are
 //!    made too late for this one.
 //!
-//! A file that was left by a growth before a crash is made anew, whatever it holds.
+//! A file left over from a growth before a crash is made again, whatever it holds.
 
 use super::{Log, Segment};
 use crate::base::SegmentNo;
 
-/// Segments that are made and not in use yet.
+/// The segments that are being made, or made and not in use yet.
 #[derive(Debug)]
 pub(super) struct Growth {
     /// The number of segments whose files exist.
     made: u32,
-    /// The number of segments after the growth under way; `made` if there is none.
+    /// The number of segments after the growth in progress; `made` if there is none.
     goal: u32,
-    /// The last try failed.
+    /// Whether the last try failed.
     has_failed: bool,
 }
 
@@ -42,7 +41,7 @@ impl Growth {
 
 impl Log {
     /// Begins to make the log twice as long, or as long as `most` allows, when it is long and no
-    /// growth is under way. Returns the segment to make first.
+    /// growth is in progress. Returns the segment to make first.
     pub(crate) fn grow(&mut self, most: u32) -> Option<SegmentNo> {
         let counted = self.segments.len() as u32;
         if self.growth.made > counted || self.is_growing() || !self.is_long() {
@@ -88,7 +87,7 @@ impl Log {
         !std::mem::replace(&mut self.growth.has_failed, true)
     }
 
-    /// A durable superblock counts `counted` segments: they may be used.
+    /// Called when a durable superblock counts `counted` segments: they may be used.
     pub(crate) fn use_segments(&mut self, counted: u32) {
         assert!(
             counted <= self.growth.made,

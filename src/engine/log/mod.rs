@@ -5,7 +5,7 @@
 //! group:    open --close--> Writing --written--> Written --flush--> Flushing --ok--> durable
 //! segment:  Free --begun--> Active --full--> Sealed --the redo LSN has passed it--> Free
 //! ```
-//! It begins with few segments, and gets longer when it is used: see [`growth`].
+//! A log begins with few segments, and gets longer when it is used: see [`growth`].
 //!
 //! Invariants
 //! 1. A block that holds a group is not written again until its segment has been free.
@@ -33,11 +33,11 @@ use std::collections::VecDeque;
 /// The state of a closed group.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum GroupState {
-    /// Some of its writes are under way.
+    /// Some of its writes are in flight.
     Writing(u32),
     /// All its writes have completed.
     Written,
-    /// A flush that covers it is under way.
+    /// A flush that covers it is in flight.
     Flushing,
     /// A flush that covers it has succeeded.
     Durable,
@@ -46,13 +46,13 @@ pub(crate) enum GroupState {
 /// A group on its way to the device.
 pub(crate) struct InFlight {
     pub number: u64,
-    /// The lowest LSN that this shard allocated for it; [`Lsn::MAX`] if it holds parts only.
+    /// The lowest LSN that this shard allocated for it; [`Lsn::MAX`] if it holds only parts.
     pub first_lsn: Lsn,
     /// Commits over shards whose part here becomes durable with it.
     pub parts: Vec<PartRef>,
     pub state: GroupState,
     pub segment: SegmentNo,
-    /// It has pages that are written directly into extents.
+    /// Whether it has pages that are written straight into extents.
     pub wrote_data: bool,
     /// Its buffers, which are reused.
     pub chunks: Vec<Frame>,
@@ -113,9 +113,9 @@ pub(crate) struct Log {
     growth: Growth,
     /// The group that takes records.
     pub open: OpenGroup,
-    /// Groups on their way, oldest first.
+    /// Groups on their way to the device, oldest first.
     pub in_flight: VecDeque<InFlight>,
-    /// A flush is under way, or has failed: no other one may begin then.
+    /// Whether a flush is in flight, or has failed: then no other may begin.
     pub flushing: bool,
 }
 
@@ -180,7 +180,7 @@ impl Log {
     }
 
     /// Panics if groups, segments and buffers contradict each other: a group that is not durable
-    /// would be overwritten or acknowledged, or the log would run out of buffers some day.
+    /// would be overwritten or acknowledged, or the log would eventually run out of buffers.
     fn assert_state(&self) {
         let (first, last) = (self.in_flight.front(), self.in_flight.back());
         if let (Some(first), Some(last)) = (first, last) {
@@ -230,7 +230,7 @@ impl Log {
         }
     }
 
-    /// Takes the position of the next group. There must be [room](Self::has_room).
+    /// Takes the position for the next group. There must be [room](Self::has_room).
     pub(crate) fn place(&mut self, blocks: u32, last_lsn: Lsn) -> Position {
         assert!(blocks > 0, "a group of no blocks, up to {last_lsn:?}");
         if self.active.is_none_or(|a| self.segment_blocks - a.block < blocks) {
@@ -282,7 +282,7 @@ impl Log {
         self.prev_crc = head_crc;
     }
 
-    /// The writes of a group that has its [position](Self::place) are on their way.
+    /// Records that the writes of a group that has its [position](Self::place) are in flight.
     pub(crate) fn submitted(&mut self, group: InFlight) {
         assert!(
             matches!(group.state, GroupState::Writing(_)),
@@ -294,7 +294,7 @@ impl Log {
         self.assert_state();
     }
 
-    /// A durable superblock says that the roots reflect everything up to `redo`.
+    /// Called when a durable superblock says that the roots reflect everything up to `redo`.
     pub(crate) fn recycle(&mut self, redo: Lsn) {
         self.assert_state();
         for segment in &mut self.segments {
@@ -305,7 +305,7 @@ impl Log {
         self.assert_state();
     }
 
-    /// One of the writes of group `number` has completed.
+    /// Called when one of the writes of group `number` has completed.
     pub(crate) fn write_completed(&mut self, number: u64) {
         let group = self.in_flight.iter_mut().find(|group| group.number == number);
         let group = group.expect("a group is in flight until all its writes have completed");
@@ -333,8 +333,8 @@ impl Log {
         self.flushing.then_some(set)
     }
 
-    /// A flush that covered `numbers` succeeded. Returns the parts of commits over shards in the
-    /// groups that became durable in order.
+    /// Called when a flush that covered `numbers` has succeeded. Returns the parts of commits over
+    /// shards in the groups that became durable in order.
     pub(crate) fn flushed(&mut self, numbers: &[u64]) -> Vec<PartRef> {
         assert!(self.flushing, "a flush of groups {numbers:?} has ended that was not submitted");
         self.flushing = false;
@@ -374,13 +374,13 @@ impl Log {
     }
 }
 
-/// What one flush covers.
+/// The groups that one flush covers.
 #[derive(Default)]
 pub(crate) struct FlushSet {
     /// The numbers of the groups.
     pub numbers: Vec<u64>,
     /// Their segments.
     pub segments: Vec<SegmentNo>,
-    /// They have pages that were written directly into extents.
+    /// Whether they have pages that were written straight into extents.
     pub data: bool,
 }

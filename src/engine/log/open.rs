@@ -1,9 +1,9 @@
 //! The open group: records gather in chunks of the arena until it is closed.
 //!
 //! Invariants
-//! 1. Records of one page stand in LSN order. All LSNs that this shard allocated for the group are
-//!    in its runs, used or not; a part of another shard's commit is recorded, and its owner
-//!    accounts for the LSN.
+//! 1. Records of one page are in LSN order. All LSNs that this shard allocated for the group are in
+//!    its runs, used or not; a part of another shard's commit is recorded, and its owner accounts
+//!    for the LSN.
 //! 2. An image stands for one page within one *atomic span*: further changes of the page in the
 //!    same span are absorbed by it. A span ends with a run, and before and after each commit over
 //!    shards: the end of a recovered log can lie between two spans, never within one, so every
@@ -28,7 +28,7 @@ pub(crate) struct Chunks {
 }
 
 impl Chunks {
-    /// Takes these buffers, each of `bytes`.
+    /// A stock of these buffers, each of `bytes`.
     pub(crate) fn new(stock: Vec<Frame>, bytes: usize) -> Self {
         let count = stock.len();
         assert!(count > 0 && bytes > 0, "{count} buffers of {bytes} bytes: no group can be made");
@@ -40,7 +40,7 @@ impl Chunks {
     }
 }
 
-/// The image of a page that goes with the group.
+/// The image of a page that is written with the group.
 pub(crate) struct OpenImage {
     pub key: PageKey,
     /// The LSN of the newest change in the image.
@@ -49,18 +49,18 @@ pub(crate) struct OpenImage {
     pub span: u32,
     /// Its bytes, if the page was changed again in a later span.
     pub sealed: Option<FrameRef>,
-    /// The page was freed again in the same span: nothing is written.
+    /// Whether the page was freed again in the same span: then nothing is written.
     pub is_freed: bool,
 }
 
 /// What a commit does to a page, as its record says.
 #[derive(Clone, Copy)]
 pub(crate) enum OpenChange<'a> {
-    /// The page is as in this image of the group.
+    /// The page becomes this image of the group.
     Image(ImageIdx),
-    /// These bytes from this offset on.
+    /// The page gets these bytes from this offset on.
     Patch(u32, &'a [u8]),
-    /// It is absent.
+    /// The page becomes absent.
     Free,
 }
 
@@ -79,7 +79,7 @@ pub(crate) struct OpenGroup {
     pub images: Vec<OpenImage>,
     /// When its first record was begun.
     pub opened_at: Micros,
-    /// A request waits for its durability.
+    /// Whether a request waits for its durability.
     pub urgent: bool,
     /// Commits over shards whose part here becomes durable with it.
     pub parts: Vec<PartRef>,
@@ -153,13 +153,12 @@ impl OpenGroup {
         );
     }
 
-    /// Buffers in stock, those that are filled, and all that there are: what is missing is in
-    /// flight.
+    /// The number of buffers in stock, of filled ones, and of all: the rest is in flight.
     pub(super) fn chunk_counts(&self) -> (usize, usize, usize) {
         (self.chunks.stock.len(), self.filled.len(), self.chunks.count)
     }
 
-    /// Whether it has no LSN and no record.
+    /// Whether the group has no LSN and no record.
     pub(crate) fn is_empty(&self) -> bool {
         self.runs.is_empty() && self.len == HEAD_BYTES
     }
@@ -168,7 +167,7 @@ impl OpenGroup {
         self.runs.first().map(|(first, _)| *first)
     }
 
-    /// The highest LSN in it, parts included.
+    /// The highest LSN in it, including parts.
     pub(crate) fn last_lsn(&self) -> Lsn {
         self.last_lsn
     }
@@ -194,7 +193,7 @@ impl OpenGroup {
             as u32
     }
 
-    /// Whether the stock has chunks for bodies of `blocks` in all, if up to `more` of them begin
+    /// Whether the stock has chunks for bodies of `blocks` in total, if up to `more` of them begin
     /// a chunk of their own.
     pub(crate) fn stock_suffices(&self, blocks: u32, more: usize) -> bool {
         let chunks = (blocks as usize * BLOCK).div_ceil(self.chunks.bytes) + more;
@@ -243,7 +242,7 @@ impl OpenGroup {
         }
     }
 
-    /// One change of the commit.
+    /// Adds one change of the commit to the record.
     pub(crate) fn change(&mut self, key: PageKey, change: OpenChange<'_>) {
         let (kind, len, offset, patch) = match change {
             OpenChange::Image(image) => {

@@ -1,4 +1,4 @@
-//! A log group as it was read from a log: opened whole, or refused with the reason.
+//! A log group as read from a log: it is opened whole, or refused with the reason.
 //!
 //! ```text
 //! bytes --head_at--> GroupHead --open--> records --placed--> pages in extents: address, checksum
@@ -10,8 +10,8 @@
 //! 2. A group is whole only if its body has the checksum that its head states, its records can be
 //!    decoded, and each page image in it opens by its entry (see `codec`).
 //!
-//! It does *not* read, and does not judge how groups follow one another. Pages that a group has put
-//! straight into extents are not in its bytes: the caller compares them with [`Expected`].
+//! It does *not* read, nor judge how groups follow one another. Pages that a group has put straight
+//! into extents are not in its bytes: the caller compares them with [`Expected`].
 
 use crate::base::{BLOCK, BlockAddr, SegmentNo, ShardId};
 use crate::engine::codec::{self, Expected};
@@ -24,9 +24,9 @@ use std::fmt;
 pub(crate) enum NotWhole {
     /// The body does not have the checksum that the head states.
     Body,
-    /// The body has the right checksum and makes no sense.
+    /// The body has the right checksum but can't be decoded.
     Records,
-    /// This is wrong with a page image, or with the entry of one.
+    /// A page image, or the entry of one, is wrong in this way.
     Image(codec::Refusal),
 }
 
@@ -40,8 +40,8 @@ impl fmt::Display for NotWhole {
     }
 }
 
-/// The head of the group that begins at this position of the store's logs, with `bytes` from there
-/// on; `None` if none of the present epoch does.
+/// The head of the group at this position of the store's logs, given the `bytes` from there on;
+/// `None` if no group of the present epoch begins there.
 pub(crate) fn head_at(
     superblock: &Superblock,
     position: (ShardId, SegmentNo, u32),
@@ -51,7 +51,7 @@ pub(crate) fn head_at(
     GroupHead::open(bytes, superblock.salt, superblock.epoch, position, segment_blocks)
 }
 
-/// A group whose body is right.
+/// A group whose body has been checked.
 pub(crate) struct StoredGroup<'a> {
     /// The commits, in order.
     pub records: Vec<Record<'a>>,
@@ -71,8 +71,8 @@ impl<'a> StoredGroup<'a> {
         Ok(StoredGroup { records, images: body.images, bytes })
     }
 
-    /// Checks the page images in the group; returns those that it has put into extents, and what
-    /// must be there.
+    /// Checks the page images in the group; returns the places of those that it has put into
+    /// extents, and what must be there.
     ///
     /// # Errors
     /// [`NotWhole::Image`].
