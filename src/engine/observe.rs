@@ -46,7 +46,7 @@ pub(crate) struct Counts {
     pub(crate) cross: u64,
     /// Replies that wait for the watermark.
     pub(crate) waiting: u64,
-    /// Nodes that requests wait for, and these requests.
+    /// Nodes that something waits for, and everything that waits for one.
     pub(crate) node_waits: u64,
     pub(crate) node_waiters: u64,
     /// Reads that have not been submitted.

@@ -1,4 +1,5 @@
-//! One shard: events in, effects out. It owns its components and says in which order they go on.
+//! One shard: events in, effects out. It owns its components and decides in which order they
+//! advance.
 
 use super::blocked::MEMORY_RETRY_US;
 use super::work::{STEPS_COUNT, Work, WorkSet};
@@ -7,14 +8,13 @@ use crate::base::error::Error;
 use crate::base::{Lsn, Micros, OpIdx, ShardId, ShardMap};
 use crate::io::Completion;
 
-/// Laps of a turn at most: what is left then is gone on with in the next turn, which is due at
-/// once.
+/// The most laps of a turn: the next turn, which is due at once, continues with the rest.
 const LAPS_MAX: u32 = 16;
 
 /// A step of a turn.
 type TurnStep = fn(&mut Shard);
 
-/// The steps of a lap in their order, and why they stand there.
+/// The steps of a lap in their order, each with the reason for its position.
 const STEPS: [(Work, TurnStep, &str); STEPS_COUNT] = [
     (
         Work::Loopback,
@@ -108,7 +108,7 @@ impl Shard {
         #[cfg(any(test, feature = "sim"))]
         self.assert_no_work_is_left();
         self.relieve_memory();
-        // Whoever drives the shard asks for the failure right after the turn.
+        // The driver of the shard asks for the failure right after the turn.
         self.tell_failure();
         self.watermark.request_flushes(&mut self.ctx);
         self.ctx.due = self.next_due();
@@ -142,7 +142,7 @@ impl Shard {
             || self.space.stalled
     }
 
-    /// Something was delivered that may unblock any step.
+    /// Called when something was delivered that may unblock any step.
     fn note_event(&mut self) {
         if self.is_unsettled() {
             self.ctx.need_all();
@@ -157,7 +157,7 @@ impl Shard {
         }
         let effects = self.ctx.effects.len();
         for (work, step, _) in STEPS {
-            // Space that was refused is asked for again when a turn comes along.
+            // The next turn requests space again that was refused.
             if work == Work::Space && self.space.failed.is_some() {
                 continue;
             }
@@ -170,7 +170,7 @@ impl Shard {
         }
     }
 
-    /// The watermark may have advanced, by this shard or another.
+    /// Called when the watermark may have advanced, by this shard or another.
     fn note_watermark(&mut self) {
         if self.watermark.has_advanced(&mut self.ctx) {
             self.publish_durable();
@@ -184,7 +184,7 @@ impl Shard {
         }
     }
 
-    /// The next thing to be done, if any.
+    /// The next effect to carry out, if any.
     pub fn next_effect(&mut self) -> Option<Effect> {
         self.ctx.effects.pop_front()
     }
@@ -195,7 +195,7 @@ impl Shard {
         if self.ctx.work.is_empty() { self.ctx.due } else { Some(self.ctx.now) }
     }
 
-    /// The same, worked out anew.
+    /// The same, computed again.
     pub(super) fn next_due(&self) -> Option<Micros> {
         if !self.ctx.work.is_empty() {
             return Some(self.ctx.now);
@@ -208,10 +208,10 @@ impl Shard {
         let group = may_go.then(|| self.log.open.opened_at + window);
         let pages = self.write_back_due();
         let growth = self.space.stalled.then_some(self.ctx.now + space::GROW_RETRY_US);
-        // Memory that readers give back says nothing: whoever waits for it has to look.
+        // Readers give memory back without notice: steps that wait for it have to look.
         let memory = self.ctx.blocked.lacks_memory().then_some(self.ctx.now + MEMORY_RETRY_US);
         if self.ctx.failed.is_some() {
-            // Reads go on after a failure, and wait for memory as before.
+            // Reads continue after a failure, and wait for memory as before.
             return memory;
         }
         let checkpoint = self.idle_checkpoint_due();
@@ -227,7 +227,7 @@ impl Shard {
         self.life.closed
     }
 
-    /// Brings the end of an operation.
+    /// Delivers the end of an operation.
     pub fn complete(&mut self, completion: Completion) {
         self.note_event();
         let kind = self.ctx.ops.remove(OpIdx::new(completion.id.0 as usize));
@@ -266,12 +266,12 @@ impl Shard {
         self.tell_failure();
     }
 
-    /// Which shard owns which page.
+    /// The map that says which shard owns which page.
     pub(crate) fn shard_map(&self) -> ShardMap {
         self.ctx.shard_map
     }
 
-    /// A message from another shard.
+    /// Delivers a message from another shard.
     pub fn message(&mut self, from: ShardId, message: Message) {
         self.note_event();
         match message {
@@ -317,7 +317,7 @@ impl Shard {
     pub fn waits_for(&self) -> Option<Lsn> {
         let page = self.writeback.awaited_lsn();
         let reply = self.watermark.next_reply().filter(|_| !planted!(NobodyWoken));
-        // A shard that has stopped writes nothing more: for those it would be woken again and
+        // A shard that has stopped writes nothing more: for those LSNs it would be woken again and
         // again.
         let writes = [
             self.checkpoint.waits_for(),
@@ -328,12 +328,12 @@ impl Shard {
         [page, reply].into_iter().chain(writes).flatten().min()
     }
 
-    /// What one commit may count at most.
+    /// The limits of one commit.
     pub(crate) fn txn_bytes_max(&self) -> u64 {
         self.ctx.limits.txn_bytes_max
     }
 
-    /// Why it stopped, if it did.
+    /// Why the shard stopped, if it did.
     pub(crate) fn failure(&self) -> Option<Error> {
         self.life.open_error.clone().or_else(|| self.ctx.failed.clone())
     }
@@ -343,18 +343,19 @@ impl Shard {
         self.ctx.arena.mapping()
     }
 
-    /// Operations under way.
+    /// Operations in flight.
     pub(crate) fn ops_under_way(&self) -> usize {
         self.ctx.ops.len()
     }
 
-    /// Tells everybody who waits that the store has stopped, once: nothing that they wait for will
-    /// come.
+    /// Answers everything that waits, once, that the store has stopped: nothing that it waits for
+    /// will come.
     pub(super) fn tell_failure(&mut self) {
         let Some(cause) = self.ctx.failure_cause.take() else { return };
-        // What is durable by now is answered so: it may have become it in the same delivery.
+        // What is durable by now is answered as durable: it may have become so in the same
+        // delivery.
         self.note_watermark();
-        // No part is voted for any more, and reads go on.
+        // No part is voted for any more, and reads continue.
         self.participant.clear_front();
         if self.life.opening {
             self.life.open_error.get_or_insert_with(|| cause.clone());

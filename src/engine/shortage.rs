@@ -1,5 +1,5 @@
-//! Who has the memory that others wait for: at the end of a turn in which somebody found none, what
-//! keeps it is brought to give it back, or the first in the queue is refused.
+//! Resolves shortages of memory: at the end of a turn in which a step found none, it makes the
+//! holders of the memory give it back, or refuses the first request in the queue.
 //!
 //! Invariants
 //! 1. Nobody is refused while something under way will give memory back, unless what readers have
@@ -8,7 +8,7 @@
 //! 3. If no request is answered for [`MEMORY_WAIT_MAX_US`] while a step meets the shortage again and
 //!    again, the first in its queue is refused, whatever the cause: there is no livelock.
 //!
-//! It does not find frames (`cache::eviction` does), nor decide who goes first.
+//! It does *not* find frames (`cache::eviction` does), nor decide which request goes first.
 
 use super::blocked::{
     Lack, MEMORY_RETRY_US, MEMORY_WAIT_MAX_US, PATH_NODES, REFUSED, SHORTAGE_US, Step,
@@ -19,8 +19,8 @@ use crate::base::Lsn;
 use crate::base::error::{Error, ErrorKind};
 
 impl Shard {
-    /// At the end of a turn in which somebody found no memory: what keeps it is brought to give it
-    /// back, or the first in the queue is refused.
+    /// Called at the end of a turn in which a step found no memory: makes the holders of the memory
+    /// give it back, or refuses the first request in the queue.
     pub(super) fn relieve_memory(&mut self) {
         if !self.ctx.blocked.lacks_memory() {
             return;
@@ -50,15 +50,15 @@ impl Shard {
         }
     }
 
-    /// Whether `step` is blocked by memory, and has been again and again for as long as a request
-    /// waits at most.
+    /// Whether `step` is blocked by memory, and has been again and again for the longest time that
+    /// a request may wait.
     fn is_met_still(&self, step: Step) -> bool {
         self.ctx.blocked.is_blocked(step, Lack::Memory)
             && self.ctx.blocked.is_pressed(step, self.ctx.now)
     }
 
-    /// Refuses the first in each queue that has waited long enough, if what readers have pinned is
-    /// the cause, or far too long.
+    /// Refuses the first in each queue if it has waited long enough and pages pinned by readers are
+    /// the cause, or if it has waited far too long.
     fn refuse_for_memory(&mut self) {
         if self.ctx.now < self.ctx.blocked.judged_at + MEMORY_RETRY_US {
             return;
@@ -66,7 +66,7 @@ impl Shard {
         self.ctx.blocked.judged_at = self.ctx.now;
         self.look_at_pinned();
         let pinned = self.pinned_by_readers();
-        // What commits that wait have pinned of the map comes back only with their answers. Where
+        // Map nodes that waiting commits have pinned come back only with their answers. Where
         // readers have little of the memory, others are the cause.
         let readers_have_much =
             pinned >= self.reservations.usable_frames() / HELD_PAGES_SHARE as u32;
@@ -84,11 +84,11 @@ impl Shard {
                 .filter(|_| self.ctx.blocked.is_to_be_judged(step, self.ctx.now));
             let Some(waited) = waited else { continue };
             let frames = self.ctx.blocked.missed_frames(step);
-            // Whether it would be refused even if all else had been given back.
+            // Whether it would be refused even if everything else had been given back.
             let by_pins =
                 pinned > 0 && pinned + frames + others > self.reservations.usable_frames();
-            // Whoever comes next has waited behind the one that was refused: not as long again for
-            // each, if nothing is under way.
+            // The next one has waited behind the one that was refused: it need not wait as long
+            // again, if nothing is in progress.
             let is_stuck =
                 self.ctx.ops.is_empty() && self.ctx.blocked.is_pressed(step, self.ctx.now);
             let patience = if is_stuck { SHORTAGE_US } else { MEMORY_WAIT_MAX_US };
@@ -101,7 +101,7 @@ impl Shard {
                 continue;
             }
             let error = match &self.ctx.failed {
-                // What is dirty stays so: to try again would not help.
+                // What is dirty stays dirty: trying again would not help.
                 Some(failed) if !by_pins => failed.clone(),
                 _ if by_pins => self.pinned_memory(frames, pinned),
                 _ => self.no_memory(frames, pinned),
@@ -120,9 +120,9 @@ impl Shard {
         }
     }
 
-    /// Whether something under way ends with more memory than there was: a write makes what it
-    /// writes clean. Reads only take memory, and where it is short there is always one under way:
-    /// whoever waited until there is none would wait without end.
+    /// Whether something in progress will end with more memory than there was: a write makes what
+    /// it writes clean. Reads only take memory, and where it is short one is always in flight:
+    /// waiting until there is none would never end.
     fn gives_memory_back(&self) -> bool {
         let is_read = |op: &OpKind| matches!(op, OpKind::PageRead(_) | OpKind::NodeRead(_));
         let writes = self.ctx.failed.is_none() && self.ctx.checkpoint.is_wanted_or_active();
@@ -156,10 +156,10 @@ impl Shard {
         )
     }
 
-    /// Frames that nobody but readers can give back: pages that the search for memory has found
-    /// pinned, none of them let go of when it looked again, and frames that are nowhere in the
-    /// shard any more. What is being written from or read into is left out as far as that is known.
-    /// It looks at no page: a shard of much memory that is starved would do nothing else.
+    /// Frames that only readers can give back: pages that the search for memory has found pinned,
+    /// and still pinned when it looked again, and frames that are no longer anywhere in the shard.
+    /// Frames being written from or read into are left out as far as they are known. It looks at no
+    /// page: a starved shard with much memory would do nothing else.
     fn pinned_by_readers(&mut self) -> u32 {
         let pinned =
             if self.cache.eviction.saw_all_pinned() { self.cache.eviction.pinned() } else { 0 };
@@ -170,7 +170,7 @@ impl Shard {
         pinned + (self.ctx.arena.blocks() - self.ctx.arena.free_blocks()).saturating_sub(accounted)
     }
 
-    /// Frames of operations under way that are neither in the table nor in the map.
+    /// Frames of operations in flight that are neither in the table nor in the map.
     fn frames_in_ops(&self) -> u32 {
         let summary = self.space.extents.summary_blocks();
         let of = |op: &OpKind| match op {
@@ -178,7 +178,7 @@ impl Shard {
             OpKind::NodeRead(_) => 1,
             OpKind::SummaryWrite(_) | OpKind::SummaryRead(_) => summary,
             OpKind::Checkpoint | OpKind::RedoRead(_) => self.ctx.limits.vectored_pages_max as u32,
-            // Images of versions that have been replaced since, at most.
+            // At most the images of versions that have been replaced since.
             OpKind::GroupLog(_) => self.ctx.limits.inline_pages_max as u32,
             OpKind::GroupData(_, versions) | OpKind::PageWrite(versions) => versions.len() as u32,
             OpKind::GroupFlush(_) | OpKind::Grow(_) | OpKind::LogSegment => 0,
@@ -188,7 +188,7 @@ impl Shard {
 
     /// Refuses the commit that is first in the queue.
     fn refuse_commit(&mut self, error: Error) {
-        // One that waits for a node is told by that.
+        // A commit that waits for a node fails with that node.
         let first = self.requests.first_ready();
         let Some(waiter) = first.filter(|first| !self.requests.pending[*first].is_waiting()) else {
             return;
@@ -197,7 +197,7 @@ impl Shard {
         self.finish_commit(waiter, Err(error), Lsn::ZERO);
     }
 
-    /// Gives the recovery up.
+    /// Gives up the recovery.
     fn refuse_redo(&mut self, error: Error) {
         let Some(waiter) = self.requests.take_ready_redo() else { return };
         self.release(waiter);

@@ -10,7 +10,7 @@
 //! `testing::local_cluster`, which serves unit tests, fuzz targets and counts of instructions.
 //!
 //! Invariants
-//! 1. A state machine changes only inside of these calls; between two of them nothing happens.
+//! 1. A state machine changes only inside these calls; between two of them nothing happens.
 //! 2. After each turn all its effects are carried out, in order, before anything else is delivered.
 //! 3. Whether a turn is due is the host's decision: it alone knows the clock and the watermark.
 //!
@@ -32,13 +32,13 @@ pub enum Effect<M = Message> {
     Submit(OpId, DiskOp),
     /// Answer this request.
     Reply(Token, Result<Response>),
-    /// Bring this to another shard, after all that was sent to it before.
+    /// Bring this to another shard, after everything that was sent to it before.
     Send(ShardId, M),
 }
 
 /// A shard, as its host sees it. Tests of hosts put simpler machines behind it.
 pub(crate) trait StateMachine: Send + 'static {
-    /// What shards of this kind say to each other.
+    /// The messages that shards of this kind send each other.
     type Message: Send + 'static;
 
     /// Hands over a request; its reply is an effect of this or a later turn.
@@ -49,7 +49,7 @@ pub(crate) trait StateMachine: Send + 'static {
     fn complete(&mut self, completion: Completion);
     /// Advances everything as far as it goes without a completion.
     fn turn(&mut self, now: Micros);
-    /// The next thing to be done, if any.
+    /// The next effect to carry out, if any.
     fn next_effect(&mut self) -> Option<Effect<Self::Message>>;
     /// When `turn` should be called at the latest if nothing arrives.
     fn deadline(&self) -> Option<Micros>;
@@ -64,7 +64,7 @@ pub(crate) trait StateMachine: Send + 'static {
     /// The lowest LSN for whose durability something waits: a turn is due when the watermark
     /// reaches it.
     fn waits_for(&self) -> Option<Lsn>;
-    /// Why it stopped, if it did.
+    /// Why the machine stopped, if it did.
     fn failure(&self) -> Option<Error>;
     /// The memory that its operations use.
     fn mapping(&self) -> Option<Mapping>;
@@ -75,7 +75,8 @@ pub(crate) trait Host<S: StateMachine> {
     /// Why no more effects are carried out, such as a power failure in the simulator.
     type Stop;
 
-    /// Hands over the requests, messages and completions that have arrived; whether there were any.
+    /// Hands over the requests, messages and completions that have arrived; returns whether there
+    /// were any.
     fn deliver(&mut self, shard: &mut S) -> bool;
     /// The time of the turn that is due now, after [`deliver`](Self::deliver); `None`: none is.
     fn turn_at(&mut self, shard: &S) -> Option<Micros>;
@@ -85,19 +86,19 @@ pub(crate) trait Host<S: StateMachine> {
     fn carry_out(&mut self, shard: &S, effect: Effect<S::Message>) -> ControlFlow<Self::Stop>;
 }
 
-/// What one [`step`] did.
+/// A record of what one [`step`] did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Activity {
-    /// Something was handed over.
+    /// Whether something was handed over.
     pub(crate) delivered: bool,
-    /// There was a turn.
+    /// Whether there was a turn.
     pub(crate) turned: bool,
-    /// The turn had effects.
+    /// Whether the turn had effects.
     pub(crate) emitted: bool,
 }
 
 impl Activity {
-    /// Whether anything happened at all, a turn without effects aside.
+    /// Whether anything happened at all, apart from a turn without effects.
     pub(crate) fn is_busy(self) -> bool {
         self.delivered || self.emitted
     }

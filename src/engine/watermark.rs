@@ -1,10 +1,11 @@
-//! The shard's side of the global order: what it holds back, what it waits for, and who is told.
+//! The shard's side of the global order: what it holds back, what it waits for, and which shards
+//! are notified.
 //!
 //! Invariants
-//! 1. The bound is raised only when everything below it is durable here, and every part elsewhere
-//!    of commits that this shard owns.
-//! 2. Whoever waits for an LSN nudges the shards that hold it back: their window must not delay an
-//!    acknowledgement.
+//! 1. The bound is raised only when everything below it is durable here, and so is every part
+//!    elsewhere of commits that this shard owns.
+//! 2. A shard that waits for an LSN nudges the shards that hold it back: their window must not
+//!    delay an acknowledgement.
 
 use super::context::Context;
 use super::event::{Response, Token};
@@ -17,11 +18,11 @@ use crate::engine::order::GlobalOrder;
 use std::cmp::Ordering;
 use std::collections::{BTreeSet, BinaryHeap};
 
-/// What is waited for, here and elsewhere.
+/// The LSNs that are waited for, here and elsewhere.
 pub(super) struct WatermarkWaiters {
-    /// The highest LSN for whose durability somebody here waits.
+    /// The highest LSN for whose durability something here waits.
     wanted: Lsn,
-    /// What each shard has been told of it.
+    /// The highest of these that each shard has been notified of.
     flush_requested: Vec<Lsn>,
     /// The highest LSN for which another shard waits.
     flush_requested_upto: Lsn,
@@ -48,8 +49,8 @@ impl WatermarkWaiters {
         }
     }
 
-    /// Whether the watermark has advanced, by this shard or another, since it was looked at last.
-    /// Replies that waited for it leave.
+    /// Sends the replies that the watermark has reached. Returns whether it has advanced, by this
+    /// shard or another, since the last call.
     pub fn has_advanced(&mut self, ctx: &mut Context) -> bool {
         let watermark = ctx.order.watermark();
         if watermark <= self.seen {
@@ -85,7 +86,7 @@ impl WatermarkWaiters {
         self.replies.push(Waiting { lsn, seq: self.replies_seq, token, response, outcome });
     }
 
-    /// Ends everything that waits for durability: it will not come any more.
+    /// Ends everything that waits for durability, which will never come.
     pub fn fail_replies(&mut self, ctx: &mut Context, cause: &Error, stopped: &Error) {
         for waiting in std::mem::take(&mut self.replies) {
             let error = match waiting.outcome {
@@ -96,7 +97,7 @@ impl WatermarkWaiters {
         }
     }
 
-    /// Somebody here waits until `lsn` is durable.
+    /// Records that something here waits until `lsn` is durable.
     pub fn want(&mut self, lsn: Lsn) {
         self.wanted = self.wanted.max(lsn);
     }
@@ -116,13 +117,13 @@ impl WatermarkWaiters {
         lsn <= self.flush_requested_upto
     }
 
-    /// A commit over shards that this shard owns holds the watermark back until
+    /// Records that a commit over shards that this shard owns holds back the watermark until
     /// [`parts_durable`](Self::parts_durable).
     pub fn hold_back(&mut self, lsn: Lsn) {
         self.parts_undurable.insert(lsn);
     }
 
-    /// Every part of the commit is durable where it belongs.
+    /// Records that every part of the commit is durable in its shard.
     pub fn parts_durable(&mut self, lsn: Lsn) {
         assert!(self.parts_undurable.remove(&lsn), "{lsn} was not held back");
     }
@@ -138,7 +139,8 @@ impl WatermarkWaiters {
         ctx.order.refresh();
     }
 
-    /// Shards that hold back what somebody here waits for are told: their window must not delay it.
+    /// Notifies shards that hold back what something here waits for: their window must not delay
+    /// it.
     pub fn request_flushes(&mut self, ctx: &mut Context) {
         let wanted = self.wanted;
         if wanted <= ctx.order.watermark() || ctx.failed.is_some() {
@@ -159,7 +161,7 @@ impl WatermarkWaiters {
         }
     }
 
-    /// Parts elsewhere of commits that this shard owns hold it back, too.
+    /// Parts elsewhere of commits that this shard owns hold it back too.
     fn pass_flush_request_on(&mut self, ctx: &mut Context, upto: Lsn) {
         if self.parts_undurable.first().is_some_and(|lsn| *lsn <= upto) {
             for shard in ctx.shard_map.others(ctx.id) {
@@ -168,7 +170,7 @@ impl WatermarkWaiters {
         }
     }
 
-    /// Another shard waits for everything up to `upto`.
+    /// Records that another shard waits for everything up to `upto`.
     pub fn flush_requested(&mut self, ctx: &mut Context, log: &mut Log, upto: Lsn) {
         self.flush_requested_upto = self.flush_requested_upto.max(upto);
         let holds_back =
@@ -184,9 +186,9 @@ impl WatermarkWaiters {
 /// What a caller may conclude if the store stops before it is answered.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Outcome {
-    /// Nothing depends on the answer: it read, or waited.
+    /// Nothing depends on the answer: the request read, or waited.
     Known,
-    /// A commit that has its LSN: nobody knows whether recovery will find it.
+    /// A commit that has its LSN: whether recovery will find it is unknown.
     Unknown,
 }
 

@@ -1,4 +1,5 @@
-//! Extents: which shard may fill them, what is live in them, and when a block is free again.
+//! The extents: which shard may fill them, what is live in them, and when a block becomes free
+//! again.
 //!
 //! ```text
 //! Free --open--> Open(stream) --full--> Closing --summary written--> Closed --none live--> Free
@@ -7,11 +8,12 @@
 //! ```
 //! Invariants
 //! 1. Blocks are handed out front to back within an extent, once; an extent is filled again only
-//!    after `Free`. An opening goes on with one that is not full, behind what its summary lists.
+//!    after `Free`. An opening continues one that is not full, after the blocks that its summary
+//!    lists.
 //! 2. `live` counts the blocks that the map in memory names, or that an older durable root or a log
-//!    record may still name. `unpublished` counts those that were handed out and that the map does
+//!    record may still name. `unpublished` counts those that were handed out but that the map does
 //!    not name yet. An extent is free only when both are zero.
-//! 3. `not_in_new_root` is the part of `live` that the roots of the checkpoint under way do *not*
+//! 3. `not_in_new_root` is the part of `live` that the roots of the checkpoint in progress do *not*
 //!    name: blocks named after their virtual shard was captured (`named_since_capture`), or given
 //!    up by the map before it was. So `live - not_in_new_root` is exactly what the new roots name,
 //!    and that is what the table says.
@@ -44,14 +46,14 @@ use crate::format::extent::{
 use std::collections::BTreeSet;
 use victims::Unreadable;
 
-/// What goes together into one extent.
+/// The streams of blocks: each fills extents of its own.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Stream {
     /// Pages as they are written.
     Data,
     /// Map nodes.
     Map,
-    /// Pages moved by compaction: they have stayed longer, and will.
+    /// Pages moved by compaction: they have lived longer, and probably will.
     Moved,
 }
 
@@ -69,7 +71,7 @@ pub(crate) enum ExtentState {
     /// Named by log records that recovery redoes: no block of it is handed out, but redo may
     /// register blocks that the log names.
     NamedByLog,
-    /// Full, or given up by recovery; its last summary is not written yet.
+    /// Full, or not filled further after recovery; its last summary is not written yet.
     Closing,
     /// Filled, with a summary.
     Closed,
@@ -86,7 +88,7 @@ struct Extent {
     summary_slot: u8,
     /// Items in the summary as last encoded.
     summarized: usize,
-    /// The last summary is encoded: there will be no other.
+    /// Whether the last summary is encoded: there will be no other.
     is_final: bool,
     /// The interval between two checkpoints in which its summary was last encoded.
     summarized_in: u64,
@@ -94,10 +96,10 @@ struct Extent {
     items: Vec<Item>,
 }
 
-/// What every shard keeps for each extent of the data space. All shards together keep as much
-/// again: the extent's number in its owner's set of free ones, and, while a checkpoint is written,
-/// its row, once as the owner sends it to the leader and once in the table. `Options::memory_bytes`
-/// says so.
+/// The memory that every shard needs for each extent of the data space. All shards together need
+/// the same once more: the extent's number in its owner's set of free ones, and, while a checkpoint
+/// is written, its row, once as the owner sends it to the leader and once in the table.
+/// `Options::memory_bytes` says so.
 const EXTENT_BYTES: usize = 72;
 /// A number in the set of free extents; measured: 10 to 13 bytes.
 const FREE_BYTES: usize = 16;
@@ -134,8 +136,8 @@ impl Extent {
             && self.live == self.garbage
     }
 
-    /// Panics if the counts contradict each other or the state: a bug, and to go on would hand out
-    /// blocks that something names, or never free them.
+    /// Panics if the counts contradict each other or the state: that is a bug, and continuing would
+    /// hand out blocks that something names, or never free them.
     fn assert_state(&self, data_blocks: u32) {
         let (live, handed_out) = (self.live, self.live + self.unpublished);
         assert!(self.garbage <= live, "more garbage than live blocks: {self:?}");
@@ -169,7 +171,7 @@ struct PerVShard {
     pending_free: Vec<BlockAddr>,
 }
 
-/// Sizes and totals, for reports and for decisions.
+/// The sizes and totals, for reports and for decisions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Space {
     /// Extents that this shard owns.
@@ -182,7 +184,7 @@ pub(crate) struct Space {
     pub data_blocks: u32,
 }
 
-/// All extents, and what is in those that this shard owns.
+/// All extents, and the contents of those that this shard owns.
 pub(crate) struct Extents {
     store_id: [u8; 16],
     extent_blocks: u32,
@@ -196,8 +198,8 @@ pub(crate) struct Extents {
     free: BTreeSet<u32>,
     open: [Option<ExtentNo>; STREAMS],
     per_vshard: Vec<PerVShard>,
-    /// Given up after the checkpoint had begun and before their virtual shard was captured: the
-    /// next checkpoint retires them.
+    /// Blocks given up after the checkpoint had begun and before their virtual shard was captured:
+    /// the next checkpoint retires them.
     pending_free_captured: Vec<BlockAddr>,
     retiring: Vec<BlockAddr>,
     live_blocks: u64,
@@ -213,8 +215,8 @@ pub(crate) struct Extents {
 }
 
 impl Extents {
-    /// The extents that a table describes; `count` may exceed its rows: the rest is free. `is_mine`
-    /// says which of them this shard owns.
+    /// The extents that a table describes; `count` may exceed its rows: the rest are free.
+    /// `is_mine` says which of them this shard owns.
     pub(crate) fn new(
         store_id: [u8; 16],
         extent_blocks: u32,
@@ -334,7 +336,7 @@ impl Extents {
         due
     }
 
-    /// Whether `no` needs a summary written, and may have it before the checkpoint under way ends.
+    /// Whether `no` needs a summary, and may have it before the checkpoint in progress ends.
     pub(crate) fn is_unsummarized(&self, no: ExtentNo) -> bool {
         let extent = &self.extents[no.index()];
         match extent.state {
@@ -396,10 +398,10 @@ impl Extents {
         self.summary_place(no)
     }
 
-    /// The summary of `no` has been written.
+    /// Called when the summary of `no` has been written.
     pub(crate) fn summary_written(&mut self, no: ExtentNo) {
         let extent = &mut self.extents[no.index()];
-        // Filled up while the summary was under way: one more follows.
+        // It filled up while the summary was being written: another follows.
         if extent.state == ExtentState::Closing && extent.is_final {
             self.edit(no, |extent| extent.state = ExtentState::Closed);
             self.free_if_empty(no);
@@ -429,7 +431,7 @@ impl Extents {
         self.extents[no.index()].summary_crc
     }
 
-    /// The map of `vshard` names `place` from now on, which was handed out before.
+    /// Records that the map of `vshard` names `place` from now on, which was handed out before.
     pub(crate) fn name_page(&mut self, vshard: VShard, place: BlockAddr) {
         assert!(
             self.extents[place.extent.index()].unpublished > 0,
@@ -444,8 +446,8 @@ impl Extents {
         self.per_vshard[vshard.index()].named_since_capture.push(place.extent);
     }
 
-    /// The map of `vshard` does not name `place` any more: it is free once a checkpoint has retired
-    /// it.
+    /// Records that the map of `vshard` no longer names `place`: it is free once a checkpoint has
+    /// retired it.
     pub(crate) fn free_later(&mut self, vshard: VShard, place: BlockAddr) {
         if !self.is_mine(place.extent) {
             self.remote_refs.leave(vshard, place);
@@ -455,9 +457,9 @@ impl Extents {
         self.per_vshard[vshard.index()].pending_free.push(place);
     }
 
-    /// Changes an extent, and keeps the number of reclaimable ones up to date.
+    /// Changes an extent and keeps the number of reclaimable ones up to date.
     fn edit(&mut self, no: ExtentNo, change: impl FnOnce(&mut Extent)) {
-        // All changes come through here: what it was has been asserted after the last one.
+        // All changes go through here: the state before this one was asserted after the last one.
         let data_blocks = self.data_blocks();
         let extent = &mut self.extents[no.index()];
         self.reclaimable -= u32::from(extent.is_reclaimable());
@@ -486,7 +488,7 @@ mod tests {
     }
 
     /// If this fails, counts that have drifted go unnoticed until a block that something names is
-    /// handed out once more, or one that nothing names is never free.
+    /// handed out again, or one that nothing names never becomes free.
     #[test]
     fn an_extent_that_contradicts_itself_stops_the_shard() {
         let in_state = |state| Extent { state, ..FREE };

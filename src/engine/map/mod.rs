@@ -1,4 +1,4 @@
-//! Where everything is: the page map (a radix tree for each virtual shard and volume) and the
+//! Knows where everything is: the page map (a radix tree for each virtual shard and volume) and the
 //! extents.
 
 mod extents;

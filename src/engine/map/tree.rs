@@ -1,5 +1,5 @@
-//! The page map in memory: nodes are read when first needed, changed in place, and written anew at
-//! checkpoints.
+//! The page map in memory: nodes are read when first needed, changed in place, and written to new
+//! blocks at checkpoints.
 //!
 //! ```text
 //! root block (virtual shard) --volume--> interior nodes (256 children) --> leaf (64 entries) --> page
@@ -52,9 +52,9 @@ struct Node {
     /// The address to which it was last written.
     place: Option<BlockAddr>,
     dirty: bool,
-    /// A checkpoint is writing it.
+    /// Whether a checkpoint is writing it.
     is_written: bool,
-    /// For a leaf: pages that will change it. For others: reads of its children.
+    /// For a leaf, the pages that will change it; for others, reads of their children.
     pins: u32,
     /// Children in memory.
     children: u16,
@@ -62,8 +62,8 @@ struct Node {
 }
 
 impl Node {
-    /// Panics if the state of the node contradicts itself: a bug, and to go on would write it to
-    /// the wrong address, or drop it while something needs it.
+    /// Panics if the state of the node contradicts itself: that is a bug, and continuing would
+    /// write it to the wrong address, or drop it while something needs it.
     fn assert_state(&self) {
         let key = self.key;
         assert!(!self.is_written || self.place.is_some(), "{key:?} is written to no address");
@@ -72,7 +72,7 @@ impl Node {
     }
 }
 
-/// The most memory that a node takes beside its frame: its entry, up to 16/7 slots in the index,
+/// The most memory that a node takes besides its frame: its entry, up to 16/7 slots in the index,
 /// its slots in three lists, and half a slot in the set of dirty nodes, of which a third may be
 /// dirty, if the leaves of that set are at least half full.
 #[cfg(test)]
@@ -92,7 +92,7 @@ pub(crate) struct Root {
     dirty_nodes: BTreeSet<(u8, VolumeId, u64)>,
 }
 
-/// What a lookup finds.
+/// The result of a lookup.
 pub(crate) enum Lookup {
     /// The entry, or none: all nodes on the path were in memory.
     Found(Option<Entry>),
@@ -195,8 +195,8 @@ impl Map {
         self.dirty_count
     }
 
-    /// Panics if the counts contradict each other: a bug, and to go on would write too few nodes,
-    /// or admit more changes than there are frames for.
+    /// Panics if the counts contradict each other: that is a bug, and continuing would write too
+    /// few nodes, or admit more changes than there are frames for.
     fn assert_counts(&self) {
         let nodes = self.index.len() as u64;
         assert!(self.awaited_dirty <= self.awaited, "more awaited leaves are dirty than awaited");
@@ -259,7 +259,7 @@ impl Map {
         self.find(key).is_some()
     }
 
-    /// Where a node in memory was last written.
+    /// The address to which a node in memory was last written.
     #[cfg(test)]
     pub(crate) fn written_at(&self, key: NodeKey) -> Option<BlockAddr> {
         self.node(self.find(key)?).place

@@ -6,9 +6,9 @@
 //!    is not durable. It is lowered *before* the allocation of its LSN and raised only after the
 //!    flush; idle is [`Lsn::MAX`].
 //! 3. The watermark never falls. All commits at or below it are durable.
-//! 4. Whoever raises a bound refreshes the watermark after it. So of two shards that raise theirs
-//!    at the same time the later one sees both, and no commit waits for an event that has already
-//!    happened.
+//! 4. A shard that raises its bound refreshes the watermark afterwards. So of two shards that raise
+//!    theirs at the same time the later one sees both, and no commit waits for an event that has
+//!    already happened.
 //!
 //! This is the only state that shards share. It does not know pages, logs or waiters.
 
@@ -16,8 +16,8 @@ use crate::base::sync::{AtomicU64, Ordering};
 use crate::base::{Lsn, ShardId};
 use crossbeam::utils::CachePadded;
 
-/// LSNs above the watermark at most. A new epoch begins this far above everything found, so that an
-/// LSN which was allocated, and perhaps told to somebody, but never reached a device, is not
+/// The most LSNs above the watermark. A new epoch begins this far above everything found, so that
+/// an LSN that was allocated, and perhaps returned to a caller, but never reached a device is not
 /// allocated again.
 pub(crate) const LSN_AHEAD_MAX: u64 = 1 << 24;
 
@@ -30,7 +30,7 @@ pub struct GlobalOrder {
 }
 
 impl GlobalOrder {
-    /// The order of a store whose next commit gets `next`, all before being durable.
+    /// The order of a store whose next commit gets `next`; all before it is durable.
     pub fn new(next: Lsn, shards_count: usize) -> Self {
         let atomic = |v: Lsn| CachePadded::new(AtomicU64::new(v.get()));
         GlobalOrder {
@@ -40,13 +40,13 @@ impl GlobalOrder {
         }
     }
 
-    /// The next LSN to be allocated.
+    /// The next LSN to allocate.
     pub fn next(&self) -> Lsn {
         Lsn::new(self.next.load(Ordering::Acquire))
     }
 
     /// Allocates `count` consecutive LSNs for `shard` and returns the first. The watermark may rise
-    /// meanwhile: the caller wakes those who wait for it, as after a [`refresh`](Self::refresh).
+    /// meanwhile: the caller wakes what waits for it, as after a [`refresh`](Self::refresh).
     pub fn allocate_lsns(&self, shard: ShardId, count: u64) -> Lsn {
         let bound = &self.bounds[usize::from(shard.get())];
         let floor = self.next.load(Ordering::Acquire);
@@ -58,20 +58,20 @@ impl GlobalOrder {
         if lowers && first > floor {
             // Others allocated in between: their LSNs must not wait for these.
             bound.store(first, Ordering::SeqCst);
-            // And one of them may have become durable meanwhile: whoever flushed it computed the
-            // watermark from the lower bound, and does not look again.
+            // And one of them may have become durable meanwhile: the shard that flushed it computed
+            // the watermark from the lower bound, and does not look again.
             self.refresh();
         }
         Lsn::new(first)
     }
 
-    /// Publishes that `shard` has nothing below `bound` that is not durable. To be followed by a
-    /// [`refresh`](Self::refresh): invariant 4.
+    /// Publishes that everything of `shard` below `bound` is durable. A [`refresh`](Self::refresh)
+    /// must follow: invariant 4.
     pub fn publish(&self, shard: ShardId, bound: Lsn) {
         self.bounds[usize::from(shard.get())].store(bound.get(), Ordering::SeqCst);
     }
 
-    /// What `shard` has published.
+    /// The bound that `shard` has published.
     pub fn bound(&self, shard: ShardId) -> Lsn {
         Lsn::new(self.bounds[usize::from(shard.get())].load(Ordering::SeqCst))
     }

@@ -4,10 +4,10 @@
 //! log-000-0000 (zeros) -> meta (zeros) -> mark in meta, flushed -> logs, data, extents, roots -> superblock, over the mark
 //! ```
 //! Invariants
-//! 1. The superblock comes last: until it is durable there is no store, and a creation that was
-//!    interrupted begins anew.
-//! 2. A creation that was interrupted has its mark in the meta file, or no files but the first two,
-//!    both empty. Anything else without a superblock is what is left of a store, and is never
+//! 1. The superblock comes last: until it is durable there is no store, and an interrupted creation
+//!    starts over.
+//! 2. An interrupted creation has its mark in the meta file, or no files but the first two, both
+//!    empty. Anything else without a superblock is the remains of a store, and is never
 //!    overwritten.
 //! 3. The mark lies where the last copy of the first superblock is written: no finished store has
 //!    it.
@@ -34,19 +34,19 @@ pub(crate) const EXTENTS_MIN: u32 = 12;
 /// The file that a creation makes first.
 const FIRST_LOG: FileId = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
 
-/// What a directory holds in which a store is looked for.
+/// What a directory holds when a store is looked for in it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Found {
-    /// No file, or those of a creation that was interrupted before it made its mark.
+    /// No file, or the files of a creation that was interrupted before it made its mark.
     Nothing,
-    /// A creation that was interrupted, with its mark.
+    /// The files of an interrupted creation, with its mark.
     Unfinished,
-    /// A store, or what is left of one; reading its superblock shows whether it can be used.
+    /// A store, or the remains of one; reading its superblock shows whether it can be used.
     Store,
 }
 
-/// The copy of the superblock in whose place a creation has its mark until it writes that copy, as
-/// its last step.
+/// The superblock copy in whose place a creation keeps its mark until it writes that copy, as its
+/// last step.
 fn marked_copy() -> u64 {
     Superblock::copies_of(1)[1]
 }
@@ -94,7 +94,7 @@ pub(super) fn look(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Found> {
     Ok(Found::Nothing)
 }
 
-/// Whether there is no store, and at most the files of a creation that was interrupted.
+/// Whether there is no store, and at most the files of an interrupted creation.
 pub(crate) fn creation_is_unfinished(disk: &mut dyn Disk, arena: &mut Arena) -> Result<bool> {
     Ok(look(disk, arena)? != Found::Store)
 }
@@ -208,9 +208,9 @@ fn make_mark(disk: &mut dyn Disk, arena: &mut Arena, meta_bytes: u64, found: Fou
     flush(disk, &[file])
 }
 
-/// Writes the superblock into these copies, with a flush after each. An opening does so with the
-/// copies that a crash has spoiled: otherwise a second crash could spoil the other copy of the same
-/// pair, and no generation could be trusted.
+/// Writes the superblock into these copies, with a flush after each. An opening repairs the copies
+/// that a crash has spoiled in this way: otherwise a second crash could spoil the other copy of the
+/// same pair, and no generation could be trusted.
 pub(super) fn rewrite_copies(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -220,8 +220,8 @@ pub(super) fn rewrite_copies(
     if copies.is_empty() {
         return Ok(());
     }
-    // The copy that was read may have been written by a dead process and never flushed: it must not
-    // be lost together with a copy that is torn now.
+    // A dead process may have written the copy that was read and never flushed it: it must not be
+    // lost together with a copy that is torn now.
     flush(disk, &[FileId::Meta])?;
     assert!(superblock.is_consistent(), "this superblock can't be read again: {superblock:?}");
     let mut bytes = vec![0; SUPERBLOCK_BYTES];

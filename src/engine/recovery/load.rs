@@ -1,5 +1,5 @@
-//! Reads what the superblock names: the roots and the extent table. Each block is checked, and
-//! named if it is damaged.
+//! Reads what the superblock names: the roots and the extent table. It checks each block, and names
+//! the damaged one.
 
 use super::read::{Range, read_ranges};
 use crate::base::error::{Error, Result};

@@ -12,10 +12,10 @@
 //!
 //! Invariants
 //! 1. Until the last step nothing that is durable and needed is overwritten: after a crash during a
-//!    recovery, the next one begins anew from the same bytes.
-//! 2. One superblock write makes the new roots, the recovered LSN and the new epoch true together;
-//!    so exactly one epoch ever has records in the logs.
-//! 3. LSNs of the new epoch are above every LSN that can have been allocated before.
+//!    recovery, the next one starts over from the same bytes.
+//! 2. One superblock write makes the new roots, the recovered LSN and the new epoch valid together;
+//!    so the logs only ever hold records of one epoch.
+//! 3. LSNs of the new epoch are above every LSN that may have been allocated before.
 //! 4. Damage at or below the highest recorded watermark is an error, never the end of the log.
 
 mod create;
@@ -65,7 +65,7 @@ pub struct RecoveryReport {
     pub recovered_lsn: Lsn,
     /// Commits redone.
     pub commits_applied: u64,
-    /// Commits above that LSN that were found in the log, and dropped.
+    /// Commits above that LSN that were found in the log and dropped.
     pub commits_dropped: u64,
     /// The number of the epoch that begins with this opening.
     pub epoch: u64,
@@ -103,16 +103,16 @@ impl std::fmt::Display for RecoveryReport {
 /// A store being opened.
 pub(crate) struct Opening {
     /// One shard for each core. They need turns, completions and messages until all of them are
-    /// open. If one of them fails before, the opening has failed.
+    /// open. If one fails before that, the opening has failed.
     pub shards: Vec<Shard>,
-    /// What was found and done so far.
+    /// A report of what was found and done so far.
     pub report: RecoveryReport,
     /// The sequencer and the watermark, which the shards share.
     pub order: Arc<GlobalOrder>,
 }
 
 /// The sizes that were fixed when the store on `disk` was made; `None` if there is none yet. No
-/// other operation may be under way.
+/// other operation may be in flight.
 pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     let mut arena = Arena::new(READ_BLOCKS)?;
     if create::look(disk, &mut arena)? != Found::Store {
@@ -121,9 +121,8 @@ pub(crate) fn stored_geometry(disk: &mut dyn Disk) -> Result<Option<Geometry>> {
     Ok(Some(find_superblock(disk, &mut arena)?.superblock.geometry))
 }
 
-/// Finds out what is on `disk`, or creates a store there, and makes `shards_count`
-/// shards. No other operation may be under way on `disk`; on return none is. `seed` is where all
-/// randomness comes from.
+/// Finds the store on `disk`, or creates one there, and makes `shards_count` shards. No other
+/// operation may be in flight on `disk`; on return none is. All randomness comes from `seed`.
 pub(crate) fn begin(
     disk: &mut dyn Disk,
     options: &Options,
@@ -204,8 +203,8 @@ pub(crate) fn begin(
     Ok(Opening { shards, report, order })
 }
 
-/// Whether the numbers of the next life can be given out, and the roots can be what they are said to
-/// be: a superblock whose checksum holds may still be another program's.
+/// Checks that the numbers of the next life can be allocated, and that the roots are possible: a
+/// superblock whose checksum holds may still be another program's.
 fn check_counters(superblock: &Superblock, next: &NewEpoch) -> Result<()> {
     let raised = [superblock.generation, superblock.checkpoint, superblock.epoch].map(|n| n + 1);
     let is_at_end = |n: u64| n >= LSN_END - 1;
@@ -232,8 +231,9 @@ fn check_counters(superblock: &Superblock, next: &NewEpoch) -> Result<()> {
     Ok(())
 }
 
-/// Makes the logs of all shards as long as the superblock says, and those of new shards, which it is
-/// about to count, durable: an opening that was killed may have left these complete and not flushed.
+/// Makes the logs of all shards as long as the superblock says, and makes those of new shards,
+/// which it will count next, durable: an opening that was killed may have left these complete but
+/// not flushed.
 fn make_logs(disk: &mut dyn Disk, superblock: &Superblock, shard_map: ShardMap) -> Result<()> {
     let mut new_logs = Vec::new();
     for shard in shard_map.shards() {
@@ -259,7 +259,7 @@ fn segments_of(superblock: &Superblock, shard: ShardId) -> u32 {
 /// Memory for the reads before there are shards: 4 MiB, enough for those in flight (see `read`).
 const READ_BLOCKS: u32 = 1024;
 
-/// What all shards are built from.
+/// Everything that all shards are built from.
 struct Whole {
     shard_map: ShardMap,
     limits: Limits,
@@ -374,7 +374,7 @@ fn reserve_named(
 const REFILL_LOOKS: usize = 8;
 
 /// Finds the extents that were being filled when the store was last in use, to fill them further.
-/// An extent whose summary can't be read is left as it is; the warning is returned.
+/// Leaves an extent whose summary can't be read as it is, and returns the warning.
 fn refill(
     disk: &mut dyn Disk,
     arena: &mut Arena,
@@ -441,7 +441,7 @@ fn log_chunks(arena: &mut Arena, limits: &Limits) -> Result<Chunks> {
 /// Writes doubtful groups again, and the pages that they have put into extents. If a flush of the
 /// dead process has failed, the kernel may show bytes that it will never write (it marks such pages
 /// clean), and our own flush would succeed all the same. The redo writes the content of the groups
-/// anew, but a checkpoint in the middle of it records the recovered LSN, so the groups must be
+/// again, but a checkpoint in the middle of it records the recovered LSN, so the groups must be
 /// durable by then.
 fn rewrite_doubtful(
     disk: &mut dyn Disk,

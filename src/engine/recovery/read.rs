@@ -3,8 +3,9 @@
 //! Invariants
 //! 1. Bytes are delivered in the order of the ranges, and in each range from front to back,
 //!    whatever the order in which the reads complete.
-//! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller says) of at most [`PIECE_BLOCKS`]
-//!    blocks are being read or wait to be delivered: memory does not grow with the ranges.
+//! 2. At most [`IN_FLIGHT_MAX`] pieces (or as many as the caller allows) of at most
+//!    [`PIECE_BLOCKS`] blocks are being read or wait to be delivered: memory does not grow with the
+//!    ranges.
 //! 3. When a function here returns, also with an error, no operation is in flight: the memory of
 //!    the reads is the arena's again.
 //!
@@ -24,7 +25,7 @@ pub(super) const IN_FLIGHT_MAX: usize = 16;
 /// devices, and below the 512 KiB above which the kernel hands an operation to its worker threads.
 const PIECE_BLOCKS: u64 = 64;
 
-/// Whole blocks of a file.
+/// A range of whole blocks of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Range {
     pub file: FileId,
@@ -34,11 +35,11 @@ pub(crate) struct Range {
     pub blocks: u64,
 }
 
-/// A piece of a range, from when its read is submitted until it is delivered.
+/// A piece of a range, from the submission of its read until it is delivered.
 struct Piece {
     /// Index of the range.
     range: usize,
-    /// What it covers.
+    /// The blocks that it covers.
     of: Range,
     /// The bytes, or the error of the read, once it has completed.
     outcome: Option<Result<Frame>>,
@@ -83,8 +84,8 @@ pub(crate) fn read_ranges(
 }
 
 /// Like [`read_ranges`], with at most `in_flight_max` pieces at a time. `each` also gets the range
-/// of the piece, and the error of a piece that can't be read: if it returns `Ok` then, reading goes
-/// on behind that piece.
+/// of the piece, and the error of a piece that can't be read: if it returns `Ok` then, reading
+/// continues after that piece.
 ///
 /// # Errors
 /// The first error of `each`; `Invalid` if `arena` has no memory for a single piece.

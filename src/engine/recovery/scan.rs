@@ -4,12 +4,12 @@
 //! 1. A group counts only if it is whole: head, body, inline pages, and, above the highest recorded
 //!    watermark, also the pages at their final addresses. At or below the watermark a page that
 //!    does not match its checksum is damage, which is found when the page is read.
-//! 2. The search goes on behind a torn group, block by block: with several writes in flight a whole
-//!    group may stand behind it, and its head may record a watermark that makes the gap damage.
+//! 2. The search continues after a torn group, block by block: with several writes in flight a
+//!    whole group may follow it, and its head may record a watermark that makes the gap damage.
 //! 3. The recovered LSN is the last one before the first one, above what the roots reflect, that no
 //!    whole group of any log accounts for, or whose commit is not complete: a commit over shards
-//!    needs the part of each shard that its owner names. If it lies below the highest recorded
-//!    watermark, that is damage, and refused.
+//!    needs the part of each shard that its owner names. If it is below the highest recorded
+//!    watermark, that is damage, and the store is refused.
 //! 4. Bytes from earlier uses of a segment are accepted only if they are groups of this epoch at
 //!    this very position; those are older than the redo LSN and ignored.
 //! 5. A log has the segments that the superblock counts. The file of a later one was left by a
@@ -37,7 +37,7 @@ pub(crate) struct ScannedGroup {
     pub head: GroupHead,
     /// Addresses of the pages that it has put into extents.
     pub places: Vec<BlockAddr>,
-    /// It lies above every recorded watermark, so a flush may not have covered it.
+    /// Whether it is above every recorded watermark, so that possibly no flush has covered it.
     pub is_doubtful: bool,
     /// The shards of the new shard map whose pages it changes.
     pub concerns: ShardSet,
@@ -81,8 +81,8 @@ impl Scan {
         }
     }
 
-    /// Panics if what was found contradicts itself: a bug, and to go on would restore another state
-    /// than the one that is reported.
+    /// Panics if the result contradicts itself: that is a bug, and continuing would restore another
+    /// state than the one that is reported.
     fn assert_state(&self) {
         let (redo, recovered) = (self.redo, self.recovered_lsn);
         assert!(redo <= recovered, "{recovered} is recovered, and the roots reflect {redo}");
@@ -93,7 +93,7 @@ impl Scan {
         }
     }
 
-    /// The last commit of the state to be restored: the epoch begins above LSNs that were dropped.
+    /// The last commit of the state to restore: the epoch begins above LSNs that were dropped.
     pub(crate) fn state(&self, superblock: &Superblock) -> Lsn {
         if self.recovered_lsn < superblock.epoch_first_lsn {
             superblock.next_lsn.before()
@@ -103,7 +103,7 @@ impl Scan {
     }
 }
 
-/// The disk, and what it takes to read the logs.
+/// The disk, and everything else that reading the logs takes.
 struct Reader<'a> {
     disk: &'a mut dyn Disk,
     arena: &'a mut Arena,
@@ -169,7 +169,7 @@ impl Reader<'_> {
                 _ if passed_over == Some(index) => return Ok(()),
                 Ok(bytes) => bytes,
                 Err(error) if !is_counted => {
-                    // The store needs nothing in it.
+                    // The store needs nothing in this file.
                     let file = FileId::Log(shard, segment);
                     tracing::warn!(%error, %file, "a log file that is not in use can't be read");
                     passed_over = Some(index);
@@ -189,7 +189,7 @@ impl Reader<'_> {
         Ok(found)
     }
 
-    /// Decides where the log ends, by the groups that were found.
+    /// Decides from the groups found where the log ends.
     fn judge(&mut self, mut found: Vec<Found>) -> Result<Scan> {
         let superblock = self.superblock;
         found.sort_by_key(|f| (f.head.shard, f.head.number));

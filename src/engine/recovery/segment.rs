@@ -1,16 +1,16 @@
 //! Finds the groups in a log segment, which is read from front to back.
 //!
 //! Invariants
-//! 1. A group counts only if it is whole: head, body and inline pages. Behind a torn one the search
-//!    goes on block by block.
-//! 2. Bytes are kept only while a group that begins in them goes on in the next ones: at most as
+//! 1. A group counts only if it is whole: head, body and inline pages. After a torn one the search
+//!    continues block by block.
+//! 2. Bytes are kept only while a group that begins in them continues in the next ones: at most as
 //!    many as the largest group has, which is bounded by the largest commit that the writer
 //!    allowed.
-//! 3. What is kept of a group is what the search for the end of the log and the redo need, not its
+//! 3. Of a group only what the search for the end of the log and the redo need is kept, not its
 //!    content: 1 % of the size of a usual log, and at most a third of one that consists only of the
 //!    smallest parts of commits over shards.
 //!
-//! It does *not* read, and does not decide about what is missing; see `scan`.
+//! It does *not* read, nor decide about what is missing; see `scan`.
 
 use crate::base::{BLOCK, BlockAddr, Lsn, SegmentNo, ShardId, ShardMap, ShardSet};
 use crate::engine::codec::Expected;
@@ -21,13 +21,13 @@ use crate::format::superblock::Superblock;
 /// A group with a valid head.
 pub(super) struct Found {
     pub head: GroupHead,
-    /// Head, body and pages are as they were written.
+    /// Whether head, body and pages are as they were written.
     pub whole: bool,
     /// The lowest LSN that it accounts for or has a part of.
     pub first_lsn: Lsn,
-    /// The highest one.
+    /// The highest such LSN.
     pub last_lsn: Lsn,
-    /// Commits recorded in it, without the parts of other shards' commits: first LSN and number of
+    /// Commits recorded in it, except the parts of other shards' commits: first LSN and number of
     /// consecutive ones.
     pub commits: Vec<(Lsn, u64)>,
     /// Records of commits over shards.
@@ -39,7 +39,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// A group of which only the head is known.
+    /// A group with only its head known.
     fn new(head: GroupHead) -> Self {
         let last = |(first, count): &(Lsn, u64)| {
             Lsn::new(first.get().saturating_add(count.saturating_sub(1)))
@@ -94,7 +94,7 @@ impl Found {
         self.commits.iter().map(within).sum()
     }
 
-    /// Drops what only the redo and the end of the log need, of a group that the roots reflect.
+    /// Drops what only the redo and the end of the log need, since the roots reflect the group.
     fn forget_content(&mut self) {
         (self.commits, self.parts, self.placed) = (Vec::new(), Vec::new(), Vec::new());
     }
@@ -109,9 +109,9 @@ pub(super) struct SegmentSearch<'a> {
     shard_map: ShardMap,
     shard: ShardId,
     segment: SegmentNo,
-    /// The block to look at next.
+    /// The next block to examine.
     at: u32,
-    /// The bytes from there on: the beginning of a group of which the rest is not read yet.
+    /// The bytes from there on: the beginning of a group whose rest is not read yet.
     held: Vec<u8>,
 }
 
@@ -135,12 +135,12 @@ impl<'a> SegmentSearch<'a> {
             held.extend_from_slice(bytes);
             let done = self.search(&held, found);
             held.drain(..done);
-            // The memory is released: the next group is likely smaller.
+            // Releases the memory: the next group is likely smaller.
             self.held = if held.is_empty() { Vec::new() } else { held };
         }
     }
 
-    /// Searches `bytes`, which begin with block `at`; returns how many of them are done.
+    /// Searches `bytes`, which begin with block `at`; returns how many bytes are done.
     fn search(&mut self, bytes: &[u8], found: &mut Vec<Found>) -> usize {
         let mut done = 0;
         while let Some(here) = bytes.get(done..).filter(|here| !here.is_empty()) {

@@ -1,5 +1,5 @@
-//! The choice of the superblock: reads the four copies once, and says which of them counts and what
-//! each of the others is.
+//! Chooses the superblock: reads the four copies once, and says which of them counts and what each
+//! of the others is.
 //!
 //! ```text
 //! meta file --read--> Copies: what each of the four is --choose--> the newest, or an error
@@ -21,17 +21,17 @@ use crate::io::{Disk, FileId};
 use crate::memory::Arena;
 use std::fmt;
 
-/// What one copy is.
+/// The state of one copy.
 pub(crate) enum CopyState {
     /// A superblock.
     Whole(Superblock),
-    /// All zeros: a creation leaves that, and the first opening overwrites it.
+    /// All zeros: a creation leaves a copy like this, and the first opening overwrites it.
     Zeros,
     /// Bytes that are not this copy of a superblock of this version.
     Refused(Refusal),
     /// The meta file ends before it, after this many bytes.
     BeyondEnd(u64),
-    /// The device does not return it.
+    /// The device can't read it.
     Unread(Error),
 }
 
@@ -49,7 +49,7 @@ impl CopyState {
     }
 }
 
-/// What is wrong with a copy, to be read behind its name.
+/// Says what is wrong with a copy; follows its name in a message.
 impl fmt::Display for CopyState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -98,7 +98,7 @@ impl Copies {
     /// Reads and decodes them. Without a meta file all of them lie beyond its end.
     ///
     /// # Errors
-    /// The length of the meta file can't be asked for.
+    /// The length of the meta file can't be determined.
     pub(crate) fn read(disk: &mut dyn Disk, arena: &mut Arena) -> Result<Copies> {
         let len = disk.len(FileId::Meta)?.unwrap_or(0);
         let mut state = |copy| {
@@ -124,7 +124,7 @@ impl Copies {
     }
 
     fn newest(&self) -> Option<&Superblock> {
-        // The first of several.
+        // The first error, if there are several.
         let whole = self.0.iter().rev().filter_map(CopyState::whole);
         whole.max_by_key(|superblock| superblock.generation)
     }
@@ -148,9 +148,9 @@ impl Copies {
     /// The superblock with which the store is opened.
     ///
     /// # Errors
-    /// `Unsupported` if there is only one of another version; `Corrupt` if no copy can be used, or
-    /// if a newer generation may have been lost; the device's error if what is missing could not be
-    /// read.
+    /// `Unsupported` if there are only copies of another version; `Corrupt` if no copy can be used,
+    /// or if a newer generation may have been lost; the device's error if a missing copy could not
+    /// be read.
     pub(crate) fn choose(&self, disk: &mut dyn Disk) -> Result<FoundSuperblock> {
         let Some(newest) = self.newest() else { return Err(self.none_can_be_used(disk)?) };
         let is_whole = |copy: u64| self.0[copy as usize].whole().is_some();
@@ -190,7 +190,7 @@ impl Copies {
     }
 
     fn none_can_be_used(&self, disk: &mut dyn Disk) -> Result<Error> {
-        // Next to a copy of this version, one that claims another would be damaged.
+        // Next to a copy of this version, one that claims another version would be damaged.
         let version = self.0.iter().find_map(|state| match state {
             CopyState::Refused(Refusal::Version(version)) => Some(version),
             _ => None,
@@ -211,8 +211,8 @@ impl Copies {
         Ok(self.refused(&what))
     }
 
-    /// A device that could not be read says nothing about the store: a backup is needed only if
-    /// what was read is wrong.
+    /// A failed read says nothing about the store: a backup is needed only if what was read is
+    /// wrong.
     fn refused(&self, what: &str) -> Error {
         let all = self.warnings(|_| true).join("; ");
         match self.read_error() {

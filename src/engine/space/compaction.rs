@@ -1,5 +1,5 @@
-//! Emptying: the emptiest extents are read by their summaries, and what the maps still name in them
-//! moves elsewhere.
+//! Empties extents: reads the summaries of the emptiest, and moves what the maps still name in them
+//! elsewhere.
 //!
 //! ```text
 //! owner of the extent: reads its summary --Move--> the shard whose map would name an item
@@ -9,15 +9,15 @@
 //! Invariants
 //! 1. An item moves only if the map names this very place; everything else in the extent is garbage
 //!    already.
-//! 2. A moved page keeps its version; its old block is given back as any block that the map gives
+//! 2. A moved page keeps its version; its old block is given back like any block that the map gives
 //!    up.
 //! 3. A map node moves by being marked dirty: the next checkpoint writes it elsewhere.
 //! 4. It stops for a checkpoint when many nodes are dirty: they can't leave memory before.
 //! 5. Few extents at a time at each owner, and a bounded number of items: commits and reads go on.
-//! 6. It goes on beside checkpoints: what it moves is to them as what commits change.
+//! 6. It continues during checkpoints, which treat what it moves like changes of commits.
 //! 7. It takes no place that is owed to a commit or a dirty node: rather, an item stays where it
 //!    is.
-//! 8. Map nodes that have to be read first are read side by side, and hold up nothing behind them.
+//! 8. Map nodes that have to be read first are read in parallel, and hold up nothing behind them.
 //! 9. What can't be read is read once: its extent is passed over until it is garbage, and the
 //!    operator is told once.
 
@@ -46,21 +46,21 @@ const MOVES_MAX: usize = 1024;
 const MOVES_MEMORY_SHARE: usize = 32;
 /// Extents that moves leave free beyond what is owed to commits and dirty nodes.
 const LEAVES_FREE: u64 = 3;
-/// Extents that one look at all of them chooses for compaction, at most, and the part of all
-/// extents that is at most: the choice is a little old when the last of them is begun.
+/// The most extents that one search chooses for compaction, and the largest part of all extents
+/// that this may be: the choice is a little old when the last of them is begun.
 const CHOSEN_MAX: usize = 16;
 const CHOSEN_PART: u32 = 64;
 
-/// The extents being emptied, and those that need no look.
+/// The extents being emptied, and those that come next.
 pub(in crate::engine) struct Compactor {
     under_way: Vec<Emptying>,
-    /// Many items are asked for together, so that neighbours are read together.
+    /// Many moves are requested together, so that neighbours are read together.
     prepares: bool,
     /// The next ones, the emptiest last.
     chosen: Vec<ExtentNo>,
     /// Since the last checkpoint.
     begun: hashbrown::HashSet<ExtentNo, foldhash::fast::FixedState>,
-    /// Skip victim selection until `Extents::died` reaches this.
+    /// Victim selection is skipped until `Extents::died` reaches this.
     rests_until: u64,
 }
 
@@ -70,14 +70,14 @@ struct Emptying {
     /// `None` until the summary is read.
     items: Option<Vec<Item>>,
     next: usize,
-    /// Items that have not been answered.
+    /// Items whose move has not been answered.
     asked: usize,
 }
 
 /// Extents being emptied by this shard, and what it moves for others.
 pub(in crate::engine) struct Compaction {
     pub compactor: Compactor,
-    /// Pages to be moved: clean, in memory, their leaf pinned.
+    /// Pages to move: clean, in memory, their leaf pinned.
     pub moves: Vec<PageIdx>,
     pub asked: Moves,
 }
@@ -105,8 +105,8 @@ impl Compactor {
         self.under_way.len()
     }
 
-    /// A checkpoint has ended: every extent is worth a look again. Returns whether any was
-    /// compacted since the last.
+    /// Called when a checkpoint has ended: every extent may be a victim again. Returns whether any
+    /// was compacted since the last.
     pub(in crate::engine) fn look_again(&mut self) -> bool {
         let some = !self.under_way.is_empty() || !self.begun.is_empty();
         self.begun.clear();
@@ -120,7 +120,7 @@ impl Compactor {
     }
 }
 
-/// What owners of extents have asked this shard to move.
+/// Items that owners of extents have asked this shard to move.
 #[derive(Default)]
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
@@ -128,18 +128,18 @@ pub(in crate::engine) struct Moves {
     reading: IndexedSlab<NodeMoveIdx, Asked>,
 }
 
-/// Something to be moved out of `place`.
+/// An item to move out of `place`.
 #[derive(Clone, Copy)]
 struct Asked {
     owner: ShardId,
     what: ItemKind,
     place: BlockAddr,
-    /// Its age among reads of nodes, once it has waited for one; 0: it has not.
+    /// Its age among reads of nodes, once it has waited for one; 0 before.
     age: u64,
 }
 
 impl Moves {
-    /// Those that wait for a node.
+    /// The moves that wait for a node.
     #[cfg(any(test, feature = "sim"))]
     pub(in crate::engine) fn reading(&self) -> usize {
         self.reading.len()
@@ -147,7 +147,7 @@ impl Moves {
 }
 
 impl Shard {
-    /// Begins with the emptiest extent, if there is one worth it; false if none is being emptied.
+    /// Begins with the emptiest extent, if one is worth it; returns false if none is being emptied.
     pub(in crate::engine) fn begin_compaction(&mut self) -> bool {
         self.begin_one_more();
         self.space.compaction.compactor.count() > 0
@@ -157,7 +157,7 @@ impl Shard {
     pub(in crate::engine) fn begin_one_more(&mut self) -> bool {
         let count = self.space.compaction.compactor.count();
         let rests = self.space.extents.died() < self.space.compaction.compactor.rests_until;
-        // Each may fill as much again before it is free itself.
+        // Each may fill as many blocks elsewhere before it is free itself.
         let may_move = self.may_move(1 + count as u64);
         if count >= EXTENTS_MAX
             || !may_move
@@ -167,8 +167,8 @@ impl Shard {
         {
             return false;
         }
-        // First what they are for: the search for frames evicts, also what has just been read for
-        // somebody.
+        // The extent comes first: the search for frames evicts, even what has just been read for a
+        // request.
         let Some(extent) = self.next_victim() else { return false };
         let blocks = self.space.extents.summary_bytes() / BLOCK;
         if !self.ensure_frames(blocks as u32, Step::Compaction) {
@@ -191,7 +191,7 @@ impl Shard {
         true
     }
 
-    /// The next extent to be emptied.
+    /// The next extent to empty.
     fn next_victim(&mut self) -> Option<ExtentNo> {
         let Compactor { begun, under_way, chosen, rests_until, .. } =
             &mut self.space.compaction.compactor;
@@ -204,7 +204,8 @@ impl Shard {
         let count = CHOSEN_MAX.min(1 + (self.space.extents.space().total / CHOSEN_PART) as usize);
         *chosen = self.space.extents.emptiest(SHARE_MAX, count, known);
         if chosen.is_empty() {
-            // Looking costs; a tenth of an extent has to die before there can be much to find.
+            // A search costs time; a tenth of an extent has to die before there can be much to
+            // find.
             *rests_until =
                 self.space.extents.died() + u64::from(self.space.extents.data_blocks() / 10).max(1);
         }
@@ -248,8 +249,8 @@ impl Shard {
         }
     }
 
-    /// The extent can't be emptied now: it stays as it is, and is not tried again before the next
-    /// checkpoint.
+    /// Called when the extent can't be emptied now: it stays as it is, and is not tried again
+    /// before the next checkpoint.
     fn give_compaction_up(&mut self, extent: ExtentNo) {
         if let Some(compaction) = self.space.compaction.compactor.of(extent) {
             compaction.items = Some(Vec::new());
@@ -257,12 +258,12 @@ impl Shard {
         }
     }
 
-    /// Items on their way at a time, from here or to be moved here.
+    /// The most items on their way at a time, from here or moved by this shard.
     fn moves_max(&self) -> usize {
         MOVES_MAX.min(self.ctx.limits.memory_blocks as usize / MOVES_MEMORY_SHARE)
     }
 
-    /// Moves on through the items.
+    /// Requests the moves of further items.
     pub(in crate::engine) fn advance_compaction(&mut self) {
         if self.ctx.failed.is_some() {
             self.space.compaction.compactor.under_way.clear();
@@ -311,7 +312,7 @@ impl Shard {
         self.space.compaction.compactor.prepares &= asked < moves_max;
     }
 
-    /// An item has been moved, or need not be.
+    /// Called when an item has been moved, or need not be.
     pub(in crate::engine) fn moved(
         &mut self,
         from: ShardId,
@@ -349,7 +350,7 @@ impl Shard {
         }
     }
 
-    /// The owner of an extent asks for something to be moved out of it.
+    /// Called when the owner of an extent asks for an item to be moved out of it.
     pub(in crate::engine) fn move_asked(
         &mut self,
         owner: ShardId,
@@ -360,7 +361,7 @@ impl Shard {
         self.ctx.need(Work::Moves);
     }
 
-    /// Moves what was asked for.
+    /// Moves the items that were requested.
     pub(in crate::engine) fn advance_moves(&mut self) {
         for (no, error) in std::mem::take(&mut self.cache.moves_ended) {
             self.node_move_read(no, error);
@@ -405,8 +406,8 @@ impl Shard {
         }
     }
 
-    /// Marks a node dirty if the map names it where it was found; if that takes a read, again once
-    /// it has ended.
+    /// Marks a node dirty if the map names it where it was found; if that takes a read, it is
+    /// called again once the read has ended.
     fn move_node(&mut self, asked: Asked, key: NodeKey) {
         let Asked { owner, place, .. } = asked;
         let (wanted, child) = match self.map.find_node(key) {
@@ -429,7 +430,7 @@ impl Shard {
         self.want_node(wanted, child, NodeWaiter::Move(no, age));
     }
 
-    /// A node that was wanted for a move is there, or will not come.
+    /// Called when a node that a move waited for is there, or will not come.
     fn node_move_read(&mut self, no: NodeMoveIdx, error: Option<Error>) {
         self.reservations.moves -= 1;
         let asked = self.space.compaction.asked.reading.remove(no);
@@ -439,7 +440,7 @@ impl Shard {
         }
     }
 
-    /// A page that may have to move is resolved, or loaded.
+    /// Called when a page that may have to move is resolved, or loaded.
     pub(in crate::engine) fn move_ready(
         &mut self,
         waiter: RequestIdx,
@@ -473,8 +474,8 @@ impl Shard {
         self.ctx.send(owner, Message::Moved(from, failed));
     }
 
-    /// Pins the map leaf of a clean page; if it has left memory meanwhile, asks for it and returns
-    /// false.
+    /// Pins the map leaf of a clean page; if the leaf has left memory meanwhile, requests it and
+    /// returns false.
     fn pin_for_move(&mut self, idx: PageIdx, waiter: RequestIdx) -> bool {
         let key = self.cache.table.pages[idx].key;
         if self.cache.table.pages[idx].leaf.is_some() {
@@ -492,7 +493,7 @@ impl Shard {
     }
 }
 
-/// Whether reading again would most likely fail again. Where memory was short, or the store has
+/// Whether another read would most likely fail too. Where memory was short, or the store has
 /// stopped, it need not.
 fn may_last(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Corrupt | ErrorKind::Io)

@@ -1,5 +1,5 @@
-//! Growth of the data space: a shard asks the leader, the leader makes the file longer; if it
-//! can't, the others give of what they have.
+//! Growth of the data space: a shard asks the leader, and the leader makes the file longer; if it
+//! can't, the other shards give some of their extents.
 //!
 //! ```text
 //! Nobody --WantSpace--> Leader --Granted--> Nobody
@@ -60,7 +60,7 @@ impl Shard {
         true
     }
 
-    /// A shard asks the leader for space.
+    /// Called when a shard asks the leader for space.
     pub(in crate::engine) fn space_wanted_by(&mut self, shard: ShardId, overcommit_extents: u32) {
         self.space.requests.push_back((shard, overcommit_extents));
         self.grow_next();
@@ -100,7 +100,7 @@ impl Shard {
         self.ctx.submit(OpKind::Grow(growth), DiskOp::Allocate { file: FileId::Data, from, to });
     }
 
-    /// A step of the growth has ended.
+    /// Called when a step of the growth has ended.
     pub(in crate::engine) fn grown(&mut self, growth: Growth, result: Result<()>) {
         let count = self.space.extents.count();
         assert!(
@@ -133,7 +133,7 @@ impl Shard {
         self.grow_next();
     }
 
-    /// Extents that are this shard's from now on, by the leader or by another shard.
+    /// Takes over extents that the leader or another shard has granted.
     pub(in crate::engine) fn space_granted(&mut self, extents: Vec<ExtentNo>) {
         let given = if extents.is_empty() { Gain::Nothing } else { Gain::Space };
         assert!(self.space.growing, "{extents:?} were granted, and not asked for");
@@ -147,7 +147,7 @@ impl Shard {
         }
     }
 
-    /// The file can't be longer: the others may have some to spare.
+    /// Called when the file can't grow: the other shards may have extents to spare.
     pub(in crate::engine) fn space_denied(&mut self) {
         let SpaceAsked::Leader(urgency) = self.space.asked else { return };
         for shard in self.ctx.shard_map.others(self.ctx.id) {
@@ -172,7 +172,7 @@ impl Shard {
         self.ctx.need_all();
     }
 
-    /// Another shard has no space left: half of what this one does not need.
+    /// Called when another shard has no space left: gives it half of what this one does not need.
     pub(in crate::engine) fn donate_extents(&mut self, to: ShardId, urgency: Urgency) {
         let space = self.space.extents.space();
         let kept = match urgency {
@@ -192,8 +192,8 @@ impl Shard {
         self.ctx.room_changed();
     }
 
-    /// The shard that owned the extent when the store was opened; it still does, unless it is owned
-    /// here.
+    /// The shard that owned the extent when the store was opened; it still does, unless this shard
+    /// owns it.
     pub(in crate::engine) fn first_owner(&self, no: ExtentNo) -> ShardId {
         ShardId::new((no.get() % u32::from(self.ctx.shard_map.shards_count())) as u16)
     }

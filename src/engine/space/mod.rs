@@ -1,20 +1,20 @@
-//! Data space: admission, growth, and when to reclaim.
+//! The data space: admission, growth, and the decision when to reclaim.
 //!
 //! Invariants
 //! 1. Every dirty page and every image has a block reserved; map nodes and compaction have a
 //!    reserve of their own.
-//! 2. `Full` only when nothing can give space any more: no growth, no checkpoint that would free
-//!    places, nothing to compact. Until then a commit waits.
-//! 3. The space grows only while more of it than `Options::fill_percent` is live, the size of the
-//!    log aside; else it is reclaimed.
+//! 2. A commit gets `Full` only when nothing can give space any more: no growth, no checkpoint that
+//!    would free places, nothing to compact. Until then it waits.
+//! 3. The space grows only while more of it than `Options::fill_percent` is live, apart from the
+//!    size of the log; otherwise it is reclaimed.
 //! 4. Compaction keeps free and reclaimable extents together at a share of the space that is not
-//!    live ([`TARGET_FREE_PART`]), and runs beside checkpoints. A checkpoint is asked for when most
-//!    of these are reclaimable, or when commits wait and compaction can't go on without one. All of
-//!    this scales with the store, so a checkpoint, which writes nearly every leaf of the map under
-//!    random overwrites, is paid for by as many pages in a large store as in a small one. See
-//!    decision 17.
-//! 5. The leader makes the file longer, for whoever asks; if it can't, the others give of what they
-//!    have.
+//!    live ([`TARGET_FREE_PART`]), and runs during checkpoints. A checkpoint is requested when most
+//!    of these are reclaimable, or when commits wait and compaction can't continue without one. All
+//!    of this scales with the store, so a checkpoint, which writes nearly every leaf of the map
+//!    under random overwrites, is paid for by the same share of pages in a large store as in a
+//!    small one. See decision 17.
+//! 5. The leader makes the file longer for any shard that asks; if it can't, the other shards give
+//!    some of their extents.
 
 pub(in crate::engine) mod compaction;
 mod growth;
@@ -33,11 +33,11 @@ use crate::io::{DiskOp, FileId, IoSlice};
 pub(in crate::engine) use growth::{GROW_RETRY_US, SpaceAsked};
 use std::collections::VecDeque;
 
-/// Extents that commits leave to map nodes, checkpoints and compaction, at least.
+/// The fewest extents that commits leave to map nodes, checkpoints and compaction.
 const RESERVE_EXTENTS: u64 = 8;
-/// The same, as a part of the blocks that are not live: what compaction has to work with while
-/// commits wait. With a fixed reserve a large store that has run out of free extents does a
-/// checkpoint for every few extents that compaction empties.
+/// The same, as a part of the blocks that are not live: compaction works with these while commits
+/// wait. With a fixed reserve a large store that has run out of free extents does a checkpoint for
+/// every few extents that compaction empties.
 const RESERVE_PART: u64 = 16;
 /// The same for commits that make room, by freeing pages or deleting a volume: a full store must be
 /// able to become less full.
@@ -49,10 +49,10 @@ const OVERCOMMIT_EXTENTS: u32 = 64;
 /// makes checkpoints rarer, and extents fuller when they are compacted; from a third to an eighth
 /// the sum of both costs hardly changes.
 const TARGET_FREE_PART: u64 = 5;
-/// At least so many extents, whatever is live.
+/// At least this many extents are kept, whatever is live.
 const TARGET_FREE_EXTENTS_MIN: u64 = 4;
 /// When free extents are down to this part of what is kept ahead, a checkpoint turns reclaimable
-/// ones into free ones. Writes go on meanwhile: they take what is left.
+/// ones into free ones. Writes continue meanwhile: they take what is left.
 const LOW_PART: u64 = 5;
 /// What checkpoints in a row without a gain may come to, while a commit waits for space, before
 /// there is none to be had: one that found nothing to compact counts [`BARREN_IDLE`] times.
@@ -64,27 +64,27 @@ pub(in crate::engine) struct Space {
     /// Extents whose summary is to be written.
     pub summaries: Vec<ExtentNo>,
     pub summaries_under_way: usize,
-    /// Dirty pages that are freed: a block is reserved for each as for any dirty page, and none
-    /// will be taken.
+    /// Dirty pages that are freed: a block is reserved for each, as for any dirty page, but none
+    /// will take it.
     pub freed_pages: u64,
-    /// More is asked for.
+    /// Whether more space has been requested.
     pub growing: bool,
-    /// More has been granted: dirty pages that found no place may try again.
+    /// Whether more has been granted: then dirty pages that found no place may try again.
     pub granted: bool,
     pub asked: SpaceAsked,
     /// Requests that wait for the leader, and by how many extents each may exceed the limit.
     pub requests: VecDeque<(ShardId, u32)>,
     pub growth_under_way: bool,
-    /// When it was refused last, and how urgent the request was.
+    /// When a request was last refused, and how urgent it was.
     pub failed: Option<(Micros, Urgency)>,
-    /// The operator has been told that the file can't grow: it is tried again every second.
+    /// Whether the operator has been told that the file can't grow: it is tried again every second.
     pub growth_failure_logged: bool,
-    /// A commit waits for it.
+    /// Whether a commit waits for space.
     pub stalled: bool,
-    /// A part found none a moment ago: until then it is being made.
+    /// Until when space is being made, since a part of a commit over shards found none.
     pub wanted_until: Micros,
     pub reclaiming: Reclaiming,
-    /// Extents being emptied here, and what is moved for others.
+    /// Extents being emptied here, and items that are moved for other shards.
     pub compaction: Compaction,
 }
 
@@ -113,16 +113,17 @@ impl Space {
 /// Whether reclaiming still helps.
 #[derive(Clone, Copy, Default)]
 pub(in crate::engine) struct Reclaiming {
-    /// Free blocks at most since a commit had to wait.
+    /// The most free blocks since a commit had to wait.
     best: u64,
     /// Checkpoints since `best` was reached, weighted.
     barren_checkpoints: u32,
-    /// Live blocks when it was given up: it is tried again when something was freed.
+    /// Live blocks when reclaiming was given up: it is tried again when something has been freed.
     given_up_at: Option<u64>,
 }
 
 impl Shard {
-    /// A place of so many blocks for `what`; the extent that this fills gets its summary written.
+    /// Takes a place of this many blocks for `what`; the summary of an extent that this fills is
+    /// written.
     pub(in crate::engine) fn alloc_place(
         &mut self,
         stream: Stream,
@@ -144,8 +145,8 @@ impl Shard {
         u64::from(space.free) * u64::from(space.data_blocks)
     }
 
-    /// Blocks that what is dirty now will take, the map nodes that dirty pages will change among
-    /// it: a checkpoint must find room for them, however many pages have been waiting to be
+    /// Blocks that everything now dirty will take, including the map nodes that dirty pages will
+    /// change: a checkpoint must find room for them, however many pages have been waiting to be
     /// written.
     pub(in crate::engine) fn owed_blocks(&self) -> u64 {
         self.owed_now() + self.awaited_nodes()
@@ -158,14 +159,14 @@ impl Shard {
         }
     }
 
-    /// The same without what will be dirty by and by: the file is not made longer for its sake,
-    /// since it comes and goes.
+    /// The same without nodes that are not dirty yet: the file does not grow for them, since they
+    /// come and go.
     fn owed_now(&self) -> u64 {
         let pages = self.reservations.dirty_blocks - self.space.freed_pages;
         pages + self.reservations.parts.space_blocks + self.map.dirty_count() as u64
     }
 
-    /// Whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
+    /// Checks whether a commit's pages and map nodes will find space. `Ok(false)`: not yet.
     pub(in crate::engine) fn admit_space(&mut self, need: &Need) -> Result<bool> {
         let reserve = match need.makes_room {
             true => FREES_RESERVE_EXTENTS * u64::from(self.space.extents.data_blocks()),
@@ -183,7 +184,7 @@ impl Shard {
         Err(self.full(need))
     }
 
-    /// That there is no space for a commit: what for, and what would help.
+    /// The error that there is no space for a commit: what for, and what would help.
     fn full(&self, need: &Need) -> Error {
         let what = match need.makes_room {
             true => "what freeing pages changes in the page map".to_owned(),
@@ -232,7 +233,7 @@ impl Shard {
             .saturating_sub(self.space.extents.pending_free_count() as u64)
     }
 
-    /// Room for the nodes of one virtual shard; if not, space is made.
+    /// Whether there is room for the nodes of one virtual shard; if not, space is made.
     pub(in crate::engine) fn space_for_nodes(&mut self, nodes: u32) -> bool {
         if self.free_blocks() > u64::from(nodes) {
             return true;
@@ -242,8 +243,8 @@ impl Shard {
         false
     }
 
-    /// Nothing goes on without a place for `what`: more space is asked for, and if there is none
-    /// the store stops.
+    /// Called when nothing continues without a place for `what`: requests more space, and if there
+    /// is none the store stops.
     pub(in crate::engine) fn must_grow(&mut self, what: &str) {
         self.space.stalled = true;
         let waits = self.space.growing

@@ -21,8 +21,8 @@ impl Extents {
         }
     }
 
-    /// The tree of `vshard` was captured: `nodes` are the addresses of nodes that the new root
-    /// names, `retired` those that it gave up.
+    /// Called when the tree of `vshard` was captured: `nodes` are the addresses of nodes that the
+    /// new root names, `retired` those that it gave up.
     pub(crate) fn captured(
         &mut self,
         vshard: VShard,

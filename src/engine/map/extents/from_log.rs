@@ -5,7 +5,7 @@
 //! 1. An extent that log records name is kept apart (`NamedByLog`) from before recovery writes
 //!    anything until every shard has captured what it has redone: none of its blocks is handed out,
 //!    and it does not become free.
-//! 2. Whatever is registered from the log is listed by a summary before a table row counts it.
+//! 2. A summary lists everything registered from the log before a table row counts it.
 
 use super::{ExtentState, Extents};
 use crate::base::{BlockAddr, ExtentNo, VShard};
@@ -61,7 +61,8 @@ impl Extents {
         }
     }
 
-    /// During recovery: the map of `vshard` names from now on a block that a log record names.
+    /// Records, during recovery, that the map of `vshard` names from now on a block that a log
+    /// record names.
     pub(crate) fn register_from_log(&mut self, vshard: VShard, place: BlockAddr, what: ItemKind) {
         if !self.is_mine(place.extent) {
             self.remote_refs.name(vshard, place, what);
@@ -80,7 +81,7 @@ impl Extents {
         }
     }
 
-    /// Applies what the capture of another shard means for the extents that this shard owns.
+    /// Applies the consequences of another shard's capture for the extents that this shard owns.
     pub(crate) fn take_over(
         &mut self,
         named: Vec<(BlockAddr, ItemKind)>,
@@ -100,13 +101,13 @@ impl Extents {
         self.pending_free_captured.extend(pending_free);
     }
 
-    /// Takes what the capture of this shard means for extents of other owners; called when all is
-    /// captured.
+    /// Takes the consequences of this shard's capture for extents of other owners; called when
+    /// everything is captured.
     pub(crate) fn hand_over(&mut self) -> RemoteChanges {
         self.remote_refs.hand_over()
     }
 
-    /// Another shard is about to give up a block here.
+    /// Records that another shard is about to give up a block here.
     pub(crate) fn expect_pending_free(&mut self) {
         self.expected += 1;
     }

@@ -1,4 +1,4 @@
-//! Garbage in extents, and how much of it the next checkpoint would free.
+//! Counts the garbage in extents, and how much of it the next checkpoint would free.
 //!
 //! Invariants
 //! 1. A block is garbage from when the map in memory gives it up until a checkpoint retires it. Its
@@ -12,7 +12,7 @@ use super::{Extent, ExtentState};
 use crate::base::BlockAddr;
 
 impl Extents {
-    /// Counts a block that the map names no more; a checkpoint retires it later.
+    /// Counts a block that the map no longer names; a checkpoint retires it later.
     pub(super) fn becomes_garbage(&mut self, place: BlockAddr) {
         self.edit(place.extent, |extent| extent.garbage += 1);
         self.unreadable.died(place);
@@ -25,13 +25,13 @@ impl Extents {
         self.expected + self.garbage_blocks
     }
 
-    /// Blocks that have become garbage since the store was opened: while it stands still, there is
-    /// nothing new for compaction to find.
+    /// Blocks that have become garbage since the store was opened: while the number stands still,
+    /// compaction can find nothing new.
     pub(crate) fn died(&self) -> u64 {
         self.died
     }
 
-    /// Counts everything anew and compares: for tests.
+    /// Recounts everything and compares: for tests.
     ///
     /// # Errors
     /// The count that has drifted.

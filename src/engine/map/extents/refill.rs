@@ -1,12 +1,12 @@
-//! Goes on filling extents that an earlier life of the store has filled in part. Otherwise each
-//! life would begin new ones and leave them nearly empty, and a store that is killed again and
-//! again would grow.
+//! Fills extents further that an earlier life of the store has filled in part. Otherwise each life
+//! would begin new ones and leave them nearly empty, and a store that is killed again and again
+//! would grow.
 //!
 //! Invariants
-//! 1. Nothing durable names a block behind those that the summary lists: roots name what a summary
+//! 1. Nothing durable names a block after those that the summary lists: roots name what a summary
 //!    lists, and an extent that a log record to be redone names is `NamedByLog`, not `Closed`. So
 //!    these blocks are free.
-//! 2. At most one extent of each stream is filled on; it is `Open` like one that this life has
+//! 2. At most one extent of each stream is filled further; it is `Open` like one that this life has
 //!    begun.
 
 use super::{ExtentState, Extents, Stream};
@@ -35,7 +35,7 @@ impl Extents {
         least.into_iter().map(summary).collect()
     }
 
-    /// Goes on to fill `no`, whose summary lists `items`, if there is room behind them and no other
+    /// Fills `no` further, whose summary lists `items`, if there is room after them and no other
     /// extent is open for such items.
     pub(crate) fn refill(&mut self, no: ExtentNo, items: Vec<Item>) {
         let Some(last) = items.iter().max_by_key(|item| item.block) else { return };

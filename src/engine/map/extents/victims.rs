@@ -1,7 +1,7 @@
 //! Chooses the extents that compaction empties next, and remembers those that it can't empty.
 //!
 //! Invariants
-//! 1. An extent in which something could not be read is no victim: what is unreadable can't be
+//! 1. An extent in which something could not be read is no victim: an unreadable block can't be
 //!    moved, so the extent would not become free. It is passed over until every unreadable block in
 //!    it has become garbage, or, if its summary is unreadable, until it is free.
 //! 2. The memory for this is bounded: [`BLOCKS_MAX`] blocks of each extent.
@@ -13,8 +13,8 @@ use crate::base::{BlockAddr, ExtentNo};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BinaryHeap};
 
-/// Unreadable blocks that are remembered of an extent; with more, it is passed over until it is
-/// free.
+/// The most unreadable blocks that are remembered for an extent; with more, it is passed over until
+/// it is free.
 const BLOCKS_MAX: usize = 8;
 
 /// What could not be read in an extent.
@@ -41,7 +41,7 @@ impl Unreadable {
         is_new
     }
 
-    /// The map does not name `place` any more.
+    /// Records that the map no longer names `place`.
     pub(super) fn died(&mut self, place: BlockAddr) {
         if let Some(Damage::Blocks(blocks)) = self.0.get_mut(&place.extent) {
             blocks.retain(|block| *block != place.block);
@@ -51,23 +51,24 @@ impl Unreadable {
         }
     }
 
-    /// The extent is free.
+    /// Records that the extent is free.
     pub(super) fn freed(&mut self, no: ExtentNo) {
         self.0.remove(&no);
     }
 }
 
 impl Extents {
-    /// What the map names at `place` can't be read: the extent is no victim until that block has
-    /// become garbage. Returns whether it is the first unreadable thing found in the extent.
+    /// Records that the block at `place`, which the map names, can't be read: the extent is no
+    /// victim until that block has become garbage. Returns whether it is the first unreadable block
+    /// found in the extent.
     pub(crate) fn pass_over(&mut self, place: BlockAddr) -> bool {
         // It may have been overwritten or freed while it was read, as the last block of its extent:
         // then there is nothing to pass over.
         self.is_named(place.extent) && self.unreadable.add(place)
     }
 
-    /// The summary of `no` can't be read. Returns whether it is the first unreadable thing found in
-    /// the extent.
+    /// Records that the summary of `no` can't be read. Returns whether it is the first unreadable
+    /// block found in the extent.
     pub(crate) fn pass_over_extent(&mut self, no: ExtentNo) -> bool {
         self.is_named(no) && self.unreadable.0.insert(no, Damage::Extent).is_none()
     }

@@ -23,7 +23,7 @@ use crate::memory::Frame;
 
 impl Map {
     /// Takes a node that was read from the address in `child`, with the right checksum. Returns
-    /// false if the tree does not name it there any more: then it is dropped.
+    /// false, and drops the node, if the tree no longer names it there.
     pub(crate) fn insert_loaded(&mut self, key: NodeKey, child: Child, frame: Frame) -> bool {
         let is_current = self.names(key, child) || planted!(OrphanInserted);
         if is_current && self.find(key).is_none() {

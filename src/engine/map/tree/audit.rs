@@ -1,4 +1,4 @@
-//! The map's counts, counted anew: for tests.
+//! Recounts what the map counts and compares the two: for tests.
 
 use super::{Map, parent_of};
 use crate::base::{NodeIdx, VShard};
@@ -56,7 +56,8 @@ impl Map {
             if parent.is_some_and(|parent| node.dirty && !parent.dirty) {
                 return Err(format!("{key:?} is dirty, and its parent is not"));
             }
-            // Where it was last written: else it would be read from there once it has left memory.
+            // The entry must state where it was last written: otherwise it would be read from
+            // elsewhere once it has left memory.
             if node.place.is_some() && node.place != self.named(key).map(|child| child.place()) {
                 return Err(format!(
                     "{key:?} is at {:?}, and what names it says something else",

@@ -15,7 +15,7 @@ use crate::format::node::{self, Child};
 
 /// The result of a search for leaves.
 pub(crate) enum NextLeaf {
-    /// The leaf is in memory; the first index in it that was asked for.
+    /// The leaf is in memory; carries the first requested index in it.
     Leaf(u64),
     /// This node must be read first, from here, with this checksum.
     Load(NodeKey, Child),
@@ -61,7 +61,7 @@ impl Map {
                 }
                 (level, child) = (level - 1, next);
             } else {
-                // Behind this node, from the top.
+                // Continue after this node, from the top.
                 let shift = LEAF_BITS + NODE_BITS * u32::from(level);
                 let Some(next) = (at.prefix + 1)
                     .checked_shl(shift)
@@ -75,8 +75,8 @@ impl Map {
         NextLeaf::None
     }
 
-    /// Which pages of the leaf of `page_index` the map names, by bits; `None`: the leaf is not in
-    /// memory.
+    /// A bit for each page of the leaf of `page_index`: whether the map names it. `None`: the leaf
+    /// is not in memory.
     pub(crate) fn leaf_bits(
         &self,
         vshard: VShard,

@@ -81,7 +81,7 @@ impl Map {
         self.assert_counts();
     }
 
-    /// The write of a node by a checkpoint has completed.
+    /// Called when a checkpoint's write of a node has completed.
     pub(crate) fn written(&mut self, idx: NodeIdx) {
         let node = self.node_mut(idx);
         node.assert_state();

@@ -49,7 +49,7 @@ impl Map {
         }
     }
 
-    /// How node `idx` stands, if `block` holds it.
+    /// The state of node `idx`, if `block` holds it.
     pub(crate) fn standing(&self, idx: NodeIdx, block: u32) -> Standing {
         match self.nodes.get(idx.index()) {
             Some(Some(node)) if node.frame.block() == block => match node.can_go() {
@@ -97,7 +97,7 @@ impl Map {
     }
 
     /// # Errors
-    /// A node that could go and of which the policy does not know: memory that is lost.
+    /// A node that could go and that the policy does not know: its memory is lost.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn audit_listed(&self, policy: &Eviction) -> Result<(), String> {
         for (no, node) in self.nodes.iter().enumerate() {
