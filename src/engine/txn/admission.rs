@@ -1,12 +1,12 @@
-//! Admission: everything that a commit, or a part of one, needs is there before its LSN is
-//! allocated.
+//! Admission: makes sure that everything that a commit, or a part of one, needs is there before its
+//! LSN is allocated.
 //!
 //! Invariants
-//! 1. What is admitted can fail by the device only: log room, buffers, frames, data space, map
-//!    leaves in memory.
-//! 2. Short for now: the commit waits, and room is made. Short for good: `Full`, and nothing was
-//!    done.
-//! 3. What parts of commits over shards have reserved is left alone.
+//! 1. Only the device can make an admitted commit fail: log room, buffers, frames, data space and
+//!    map leaves are there.
+//! 2. If something is short for now, the commit waits, and room is made; if it is short for good,
+//!    the commit gets `Full`, and nothing was done.
+//! 3. Commits leave alone what parts of commits over shards have reserved.
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{BLOCK, Lsn, PageIdx, PageKey, RequestIdx};
@@ -24,19 +24,20 @@ use smallvec::SmallVec;
 /// Frames left alone by commits, for reads, map nodes and checkpoints.
 const FRAMES_RESERVE: u32 = 16;
 
-/// A commit may need this part of the memory. Others under way hold a quarter, and readers are told
-/// `Busy` before they hold the rest.
+/// The part of the memory that a commit may need. Others in progress hold a quarter, and readers
+/// get `Busy` before they hold the rest.
 const COMMIT_SHARE: u32 = 2;
-/// How often a commit gives back the leaves that it has pinned, when another one has left memory.
+/// How often a commit gives back the leaves that it has pinned when another of its leaves has left
+/// memory.
 const YIELDS_MAX: u8 = 3;
 
-/// For how long a part that found no space keeps space being made.
+/// How long space is made for a part that found none.
 const SPACE_WANTED_US: crate::base::Micros = 100_000;
 
-/// Whether a commit may go on.
+/// Whether a commit may proceed.
 pub(in crate::engine) enum Admission {
     Yes,
-    /// Wait for memory, log room or space; it comes.
+    /// It waits for memory, log room or space, which will come.
     Stalled,
     /// It waits for a map node.
     Waiting,
@@ -86,7 +87,7 @@ impl Shard {
     }
 
     /// Whether a part of a commit over shards may be voted for: what it needs must be there
-    /// whenever it is decided, in this group or a later one.
+    /// whenever the decision comes, in this group or a later one.
     pub(in crate::engine) fn admit_part(&mut self, waiter: RequestIdx, need: &Need) -> Admission {
         let (body, images) = match self.log.open.is_empty() {
             true => (0, 0),
@@ -115,7 +116,7 @@ impl Shard {
         self.admit_memory(waiter, need.frames, Step::Vote)
     }
 
-    /// What a part keeps from others until it is decided.
+    /// The reservation of a part until it is decided.
     pub(in crate::engine) fn reservation(&self, need: &Need) -> Reserved {
         let body = (HEAD_BYTES + need.record_bytes + need.images * size_of::<RawImage>())
             .div_ceil(BLOCK) as u32;
@@ -128,7 +129,7 @@ impl Shard {
         }
     }
 
-    /// Blocks of inline pages that a group with `images` images has at most. No more than its
+    /// The most blocks of inline pages in a group with `images` images. They are no more than its
     /// pages: `inline_pages_max` alone may be more than a small segment holds.
     fn inline_blocks(&self, images: usize) -> u32 {
         self.ctx.limits.inline_pages_max.min(images) as u32
@@ -140,16 +141,16 @@ impl Shard {
         if self.ctx.order.watermark() >= lowest {
             return false;
         }
-        // Shards that hold it back are nudged.
+        // Nudges the shards that hold it back.
         self.watermark.want(lowest);
         self.ctx.blocked.wait_for_watermark(step, lowest);
         true
     }
 
-    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` without
-    /// inline pages) and all that is reserved, `more` included; if not, room is made. With room in
-    /// the rest of the segment, or in a free one, for the sum, there is room however it is divided
-    /// into groups.
+    /// Whether the log has room and buffers for an open group of `blocks` (of which `body` are not
+    /// inline pages) and everything that is reserved, including `more`; if not, room is made. If
+    /// the sum fits into the rest of the segment, or into a free one, there is room however it is
+    /// divided into groups.
     fn log_fits(&mut self, blocks: u32, body: u32, more: Option<Reserved>) -> bool {
         let reserved = self.reservations.parts.plus(more.unwrap_or_default());
         // Each group that closes may leave the end of a buffer unused.
@@ -181,7 +182,8 @@ impl Shard {
         pages_fit && nodes_fit
     }
 
-    /// Makes room in memory: dirty pages go to their places, dirty nodes too if there are many.
+    /// Makes room in memory: dirty pages are written to their places, and dirty nodes too if there
+    /// are many.
     fn start_reclaim(&mut self) {
         self.ctx.press(&mut self.log.open);
         self.writeback.hurry(&mut self.ctx);
@@ -190,12 +192,12 @@ impl Shard {
         }
     }
 
-    /// Frames for the new versions, and the map leaves in memory, pinned.
+    /// Makes sure of frames for the new versions, and that the map leaves are in memory and pinned.
     fn admit_memory(&mut self, waiter: RequestIdx, frames: u32, step: Step) -> Admission {
         let changed = self.pages_to_pin(waiter);
         let pinned = self.pin_leaves_in_memory(&changed);
-        // Before frames are looked for, which might take what is above a leaf that is still to be
-        // read.
+        // This comes before the search for frames, which might take the nodes above a leaf that is
+        // still to be read.
         let keeps = self.keeps_leaves(waiter, step);
         for idx in changed.iter().copied() {
             if self.cache.table.pages[idx].leaf.is_some() {
@@ -222,7 +224,8 @@ impl Shard {
             }
             // Pages may share nodes.
             if missing == nodes || !self.ensure_frames(frames + missing + FRAMES_RESERVE, step) {
-                // Who has lost its leaves often keeps them until it has memory, or is refused.
+                // A commit that has lost its leaves often keeps them until it has memory, or is
+                // refused.
                 if step != Step::Commit || self.requests.pending[waiter].yields < YIELDS_MAX {
                     self.unpin_leaves(&pinned);
                 }
@@ -257,23 +260,23 @@ impl Shard {
     }
 
     /// Whether there are frames for the nodes that `key` lacks, and for `frames` pages. The search
-    /// for frames may have taken nodes that an earlier commit made for nothing: no device has them,
-    /// and they were counted as there. The next try counts them.
+    /// for frames may have taken nodes that an earlier commit made in vain: no device has them, and
+    /// they were counted as present. The next try counts them as missing.
     fn nodes_are_counted(&mut self, key: PageKey, frames: u32) -> bool {
         let kept = self.reservations.parts.frames + self.reservations.checkpoint_frames;
         self.ctx.arena.free_blocks() >= frames + self.map.missing_nodes(key) + kept
     }
 
-    /// Whether this commit keeps the leaves that it has while it waits for others: it has lost them
-    /// often enough.
+    /// Whether this commit keeps the leaves that it has while it waits for others, because it has
+    /// lost them often enough.
     fn keeps_leaves(&self, waiter: RequestIdx, step: Step) -> bool {
         step == Step::Redo
             || (step == Step::Commit && self.requests.pending[waiter].yields >= YIELDS_MAX)
     }
 
-    /// Makes and pins the leaf of a page that has none yet; false: there are no frames for it.
-    /// Whoever reads the paths of several pages would else lose one, of which nothing can be
-    /// pinned, for the next one, and so on without end.
+    /// Makes and pins the leaf of a page that has none yet; returns false if there are no frames
+    /// for it. Otherwise a commit that reads the paths of several pages would lose one, of which
+    /// nothing can be pinned, for the next, and so on without end.
     fn keep_leaf(&mut self, idx: PageIdx, step: Step) -> bool {
         let key = self.cache.table.pages[idx].key;
         // Another page of the commit may have made it.
@@ -292,9 +295,9 @@ impl Shard {
         found
     }
 
-    /// Pins the leaves that are there already: the search for frames would take the very leaf that
-    /// has just been read for this commit, which would wait for it again, and so on without end.
-    /// Whose they are.
+    /// Pins the leaves that are already there, and returns their pages. Otherwise the search for
+    /// frames would take the very leaf that has just been read for this commit, which would wait
+    /// for it again, and so on without end.
     fn pin_leaves_in_memory(&mut self, changed: &[PageIdx]) -> SmallVec<[PageIdx; 4]> {
         let mut pinned = SmallVec::new();
         for idx in changed.iter().copied() {
@@ -316,8 +319,8 @@ impl Shard {
         }
     }
 
-    /// Changed pages whose leaf is to be pinned. To free a page that is absent changes nothing,
-    /// unless an earlier commit of the turn writes it: then its leaf is pinned.
+    /// Changed pages whose leaf must be pinned. Freeing an absent page changes nothing, unless an
+    /// earlier commit of the turn writes it: then its leaf is pinned.
     fn pages_to_pin(&self, waiter: RequestIdx) -> SmallVec<[PageIdx; 4]> {
         let mut changed = self.changed_pages(waiter);
         if let Some(commit) = self.requests.pending[waiter].commit() {
@@ -331,9 +334,9 @@ impl Shard {
         changed
     }
 
-    /// A node above the leaf of one of `changed` has left memory. The leaves that are there are
-    /// pinned: they are given back, unless this commit has lost others so often that it goes first
-    /// now.
+    /// Called when a node above the leaf of one of `changed` has left memory. Gives back the leaves
+    /// that are there and pinned, unless this commit has lost others so often that it now goes
+    /// first.
     fn wait_for_leaf(
         &mut self,
         waiter: RequestIdx,
@@ -361,8 +364,8 @@ impl Shard {
         Admission::Waiting
     }
 
-    /// Why a commit with this many map nodes can never be carried out, if so: its pages and nodes
-    /// must be in memory at once, whatever else is under way.
+    /// The error for a commit with this many map nodes, if it can never be carried out: its pages
+    /// and nodes must be in memory at once, whatever else is in progress.
     fn too_large(&self, waiter: RequestIdx, nodes: u32) -> Option<Error> {
         let commit = self.requests.pending[waiter].commit()?;
         let pages =
@@ -385,7 +388,7 @@ impl Shard {
         ))
     }
 
-    /// Room in memory for a redo of `frames` pages, as for a commit.
+    /// Makes room in memory for a redo of `frames` pages, as for a commit.
     pub(in crate::engine) fn admit_redo(&mut self, waiter: RequestIdx, frames: u32) -> bool {
         if !self.dirty_fits(u64::from(frames), Ahead::Others) {
             self.ctx.blocked.register(Step::Redo, Lack::WriteBack);

@@ -1,5 +1,5 @@
-//! Commits over several shards, at their owner: ask all, allocate the LSN, tell all, and count who
-//! is durable.
+//! Commits over several shards, at their owner: it asks all shards for votes, allocates the LSN,
+//! sends the decision to all, and counts the durable parts.
 //!
 //! ```text
 //! Asking --all Yes--> Decidable --LSN--> Allocated --every part durable--> gone
@@ -7,13 +7,13 @@
 //!     \--a No--> refused
 //! ```
 //! Invariants
-//! 1. The LSN is allocated only when every vote is in and is `Yes`; what follows can fail by the
-//!    device only.
-//! 2. The owner's record stands in the group whose run holds the LSN, and names the shards that
-//!    have other parts: the commit counts only with all of them.
+//! 1. The LSN is allocated only when every vote is in and is `Yes`; after that only the device can
+//!    fail.
+//! 2. The owner's record is in the group whose run holds the LSN, and names the shards that have
+//!    other parts: the commit counts only with all of them.
 //! 3. The shard's bound stays at or below the LSN until every part is durable.
-//! 4. Asking again is bounded in time: then `Busy`. Long before that it goes in front of others
-//!    (see `precedence`).
+//! 4. Votes are requested again only for a bounded time: then the commit gets `Busy`. Long before
+//!    that it goes in front of others (see `precedence`).
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, Micros, ShardId, ShardSet};
@@ -26,7 +26,7 @@ use crate::engine::{Commit, Lack, Shard, Step, Token};
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, VecDeque};
 
-/// For how long a commit is asked for again, before it gets `Busy`.
+/// How long votes for a commit are requested again before it gets `Busy`.
 const ASK_FOR_US: Micros = 10_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -37,13 +37,13 @@ enum State {
     Allocated,
 }
 
-/// A commit over shards under way.
+/// A commit over shards in progress.
 pub(in crate::engine) struct CoordinatedCommit {
     token: Token,
     durable: bool,
     /// Its part of `Reservations::request_bytes`.
     weight: u64,
-    /// What each shard is asked.
+    /// The part that each shard is asked to vote on.
     prepares: SmallVec<[(ShardId, PrepareRequest); 2]>,
     state: State,
     votes_left: usize,
@@ -56,8 +56,8 @@ pub(in crate::engine) struct CoordinatedCommit {
     parts_left: usize,
     applied_left: usize,
     attempts: u32,
-    /// When not all voted for it the first time: it arrived at the time of the last turn, which may
-    /// be long ago.
+    /// When not all shards voted for it for the first time: it arrived at the time of the last
+    /// turn, which may be long ago.
     refused_first_at: Option<Micros>,
 }
 
@@ -103,10 +103,10 @@ impl CoordinatedCommit {
 
 /// Commits over shards that this shard owns.
 pub(in crate::engine) struct Coordinator {
-    /// By this shard's number for them.
+    /// The commits, by this shard's number for them.
     commits: BTreeMap<u64, CoordinatedCommit>,
     next_txn: u64,
-    /// Those that are asked for again later.
+    /// Those whose votes are requested again later.
     waiting: Vec<u64>,
     /// Those for which all votes are in.
     decidable: VecDeque<u64>,
@@ -122,17 +122,17 @@ impl Coordinator {
         }
     }
 
-    /// Whether none is under way.
+    /// Whether none is in progress.
     pub fn is_idle(&self) -> bool {
         self.commits.is_empty()
     }
 
-    /// Commits under way.
+    /// Commits in progress.
     pub fn commits_count(&self) -> usize {
         self.commits.len()
     }
 
-    /// What they take of the heap, counted anew.
+    /// The heap that they take, recounted.
     #[cfg(any(test, feature = "sim"))]
     pub fn weight(&self) -> u64 {
         self.commits.values().map(|commit| commit.weight).sum()
@@ -232,9 +232,9 @@ impl Shard {
         }
     }
 
-    /// A vote has come.
+    /// Called when a vote has arrived.
     pub(in crate::engine) fn voted(&mut self, from: ShardId, txn: u64, vote: Vote) {
-        // After a failure nobody waits for it.
+        // After a failure nothing waits for it.
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert_eq!(cross.state, State::Asking, "votes come to those who asked");
         cross.assert_state();
@@ -289,7 +289,7 @@ impl Shard {
                 self.ctx.reply(token, Err(error));
             }
             None => {
-                // Commits that meet each other at the same pages come back at different times.
+                // Commits that meet at the same pages come back at different times.
                 let slots = 1 << cross.attempts.min(6);
                 let turn = (u64::from(self.ctx.id.get()).wrapping_mul(7)
                     ^ txn.wrapping_mul(0x9e37_79b9))
@@ -305,7 +305,7 @@ impl Shard {
         }
     }
 
-    /// Asks again for those whose time has come.
+    /// Requests the votes again for commits whose time has come.
     pub(in crate::engine) fn retry_coordinated(&mut self) {
         if self.coordinator.waiting.is_empty() {
             return;
@@ -321,7 +321,7 @@ impl Shard {
         due.into_iter().for_each(|txn| self.ask(txn));
     }
 
-    /// When the next commit is to be asked for again.
+    /// When votes for the next commit are requested again.
     pub(in crate::engine) fn next_retry(&self) -> Option<Micros> {
         let until = |txn: &u64| match self.coordinator.commits.get(txn)?.state {
             State::Waiting { until } => Some(until),
@@ -330,7 +330,7 @@ impl Shard {
         self.coordinator.waiting.iter().filter_map(until).min()
     }
 
-    /// Allocates the LSNs of those for which all votes are in, and tells all shards.
+    /// Allocates the LSNs of commits that have all votes, and sends the decisions to all shards.
     pub(in crate::engine) fn decide(&mut self) {
         self.end_readers();
         let count = self.coordinator.decidable.len() as u64;
@@ -338,7 +338,7 @@ impl Shard {
             return;
         }
         if self.lsns_are_far_ahead(Step::Decide) || self.log.open.runs_full() {
-            // Before the allocation of its LSN there is time: the open group goes first.
+            // Before the LSN is allocated there is time: the open group goes first.
             self.log.open.urgent = true;
             self.ctx.need(Work::Groups);
             self.ctx.blocked.register(Step::Decide, Lack::LogRoom);
@@ -358,8 +358,8 @@ impl Shard {
         self.ctx.room_changed();
     }
 
-    /// Commits without changes need no LSN: all that they read was current while all of it was
-    /// held.
+    /// Ends commits without changes, which need no LSN: all that they read was current while all of
+    /// it was held.
     fn end_readers(&mut self) {
         for txn in std::mem::take(&mut self.coordinator.decidable) {
             match self.coordinator.commits.get(&txn) {
@@ -397,7 +397,7 @@ impl Shard {
         cross.applied_left = writers.len();
         let (token, durable, yes, read) =
             (cross.token, cross.durable, std::mem::take(&mut cross.yes), cross.read_lsn);
-        // What was asked is not needed any more: the parts have it.
+        // The requests to the parts are no longer needed: the parts have them.
         cross.prepares.clear();
         self.watermark.hold_back(lsn);
         self.ctx.stats.commits_cross += 1;
@@ -420,7 +420,7 @@ impl Shard {
         }
     }
 
-    /// Another shard's part is visible there.
+    /// Called when another shard's part is visible there.
     pub(in crate::engine) fn part_applied(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert!(
@@ -437,7 +437,7 @@ impl Shard {
         }
     }
 
-    /// A part is durable in the log of its shard.
+    /// Called when a part is durable in the log of its shard.
     pub(in crate::engine) fn part_durable(&mut self, txn: u64) {
         let Some(cross) = self.coordinator.commits.get_mut(&txn) else { return };
         assert!(
@@ -456,14 +456,14 @@ impl Shard {
         }
     }
 
-    /// The store has stopped: nobody will be told more.
+    /// Called when the store has stopped: no shard sends anything more.
     pub(in crate::engine) fn fail_coordinated(&mut self, cause: &Error, stopped: &Error) {
         self.coordinator.decidable.clear();
         self.coordinator.waiting.clear();
         for (_, cross) in std::mem::take(&mut self.coordinator.commits) {
             self.reservations.request_bytes -= cross.weight;
             match cross.state {
-                // A durable one waits with all others for the watermark, and is told there.
+                // A durable commit waits with all others for the watermark, and is answered there.
                 State::Allocated if !cross.durable && cross.applied_left > 0 => {
                     let error = crate::engine::watermark::outcome_unknown(cross.lsn, cause);
                     self.ctx.reply(cross.token, Err(error));

@@ -1,12 +1,12 @@
-//! Commits of one shard: validation, the allocation of its LSN, and their effect; before the
-//! allocation of its LSN each is admitted (see `admission`).
+//! Commits of one shard: their validation, the allocation of their LSNs, and their effect; each is
+//! admitted before its LSN is allocated (see `admission`).
 //!
 //! Invariants
 //! 1. All commits of a turn get their LSNs by one allocation, before any effect of the turn leaves.
 //! 2. Validation and effect are one step: no other commit comes between.
-//! 3. A allocated LSN that isn't used (a conflict with an earlier commit of the same turn) stays in
-//!    its group's run: it is void, and accounted for.
-//! 4. While a part of a commit over shards is in front (see `precedence`) no commit is admitted.
+//! 3. An allocated LSN that isn't used (after a conflict with an earlier commit of the same turn)
+//!    stays in its group's run: it is void, and accounted for.
+//! 4. While a part of a commit over shards is in front (see `precedence`), no commit is admitted.
 //! 5. A commit that meets a page held by a commit over shards waits; one that fails anyway does
 //!    not.
 
@@ -24,7 +24,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 impl Shard {
-    /// Executes the commits whose pages are there, as far as there is room.
+    /// Carries out the commits whose pages are there, as far as there is room.
     pub(in crate::engine) fn run_commits(&mut self) {
         let mut batch: SmallVec<[RequestIdx; 32]> = SmallVec::new();
         let mut need = Need::default();
@@ -80,8 +80,8 @@ impl Shard {
         self.execute(&batch);
     }
 
-    /// Why a commit, or a part of one, fails whatever else may be: a page can't be read, the store
-    /// has stopped, or something that it read has changed.
+    /// The error of a commit, or of a part of one, that fails in any case: a page can't be read,
+    /// the store has stopped, or something that it read has changed.
     fn refusal(&self, waiter: RequestIdx) -> Option<Error> {
         let failure = self.requests.pending[waiter].error.as_ref().or(self.ctx.failed.as_ref());
         failure.cloned().or_else(|| self.validate(waiter).err())
@@ -167,7 +167,7 @@ impl Shard {
         }
     }
 
-    /// Answers that the commit has `lsn`, when everything up to `awaited` is durable.
+    /// Answers that the commit has `lsn` once everything up to `awaited` is durable.
     pub(in crate::engine) fn reply_committed(
         &mut self,
         token: Token,
@@ -231,7 +231,7 @@ impl Shard {
         self.seal_older_image(idx);
         self.set_content(idx, offset as usize, bytes);
         match self.cache.table.pages[idx].image {
-            // The page's image goes with this group: it holds the patch.
+            // The page's image is written with this group: it holds the patch.
             Some(image) => {
                 self.log.open.images[image.index()].lsn = lsn;
                 self.log.open.change(key, OpenChange::Image(image));
@@ -292,7 +292,7 @@ impl Shard {
         }
     }
 
-    /// Writes `bytes` at `offset` of the page, into a new frame if somebody looks at the old one.
+    /// Writes `bytes` at `offset` of the page, into a new frame if the old one is pinned.
     pub(in crate::engine) fn set_content(&mut self, idx: PageIdx, offset: usize, bytes: &[u8]) {
         let whole = bytes.len() == BLOCK;
         let page = &mut self.cache.table.pages[idx];
@@ -314,7 +314,7 @@ impl Shard {
         self.set_absent(idx, false);
     }
 
-    /// Whether the page holds nothing, and so will take no block.
+    /// Whether the page is absent, and so will take no block.
     pub(in crate::engine) fn set_absent(&mut self, idx: PageIdx, absent: bool) {
         let page = &mut self.cache.table.pages[idx];
         if page.dirty_from.is_some() {
@@ -324,7 +324,8 @@ impl Shard {
         page.absent = absent;
     }
 
-    /// The page has a new version: it must get to its place, and those who wait for it have it.
+    /// Records that the page has a new version: it must get to its place, and what waits for it is
+    /// served.
     pub(in crate::engine) fn changed(&mut self, idx: PageIdx, lsn: Lsn) {
         let page = &mut self.cache.table.pages[idx];
         assert!(page.lsn <= lsn, "{:?} is at {:?}, and becomes {lsn:?}", page.key, page.lsn);

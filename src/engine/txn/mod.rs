@@ -1,5 +1,5 @@
-//! Commits: of one shard, and over several by two-phase commit. Before an LSN is allocated
-//! everything that a commit needs is reserved.
+//! Commits: of one shard, and over several by two-phase commit. Everything that a commit needs is
+//! reserved before its LSN is allocated.
 
 pub(in crate::engine) mod admission;
 pub(in crate::engine) mod coordinator;

@@ -3,11 +3,11 @@
 //!
 //! Invariants
 //! 1. A page is held either by any number of commits that read it, or by one that changes it.
-//! 2. A commit over shards never waits for a hold: it votes
+//! 2. A part of a commit over shards never waits for a hold: it votes
 //!    [`Vote::Conflict`](crate::engine::message::Vote), so there is no deadlock. Commits of this
-//!    shard alone do wait, in the order in which they came.
-//! 3. While a page is held, no LSN but the holder's is allocated for it. The holder's LSN is
-//!    allocated after the vote, so it is above every version of the page.
+//!    shard alone do wait, in order of arrival.
+//! 3. While a page is held, only the holder's LSN is allocated for it. That happens after the vote,
+//!    so it is above every version of the page.
 
 use crate::base::{PageIdx, RequestIdx};
 use crate::engine::Shard;
@@ -15,10 +15,10 @@ use crate::engine::cache::page_lock::Access;
 use smallvec::SmallVec;
 
 impl Shard {
-    /// A page of the commit that is held in a way that the commit can't go on: index in the table.
+    /// The index in the table of a page whose holders keep the commit from proceeding.
     pub(in crate::engine) fn locked_page(&self, waiter: RequestIdx) -> Option<PageIdx> {
         if self.participant.parts.is_empty() {
-            // Only parts hold pages: in a store of one shard nobody does.
+            // Only parts hold pages: in a store of one shard no page is held.
             return None;
         }
         let pending = &self.requests.pending[waiter];
@@ -29,14 +29,14 @@ impl Shard {
         pending.pages.iter().enumerate().find(|(i, idx)| held((*i, idx))).map(|(_, idx)| *idx)
     }
 
-    /// A commit of this shard waits until the page is not held any more.
+    /// Makes a commit of this shard wait until the page is no longer held.
     pub(in crate::engine) fn wait_for_page_lock(&mut self, waiter: RequestIdx, idx: PageIdx) {
         self.requests.need_more(waiter);
         self.cache.table.pages[idx].hold.wait(waiter);
         self.ctx.stats.held_back += 1;
     }
 
-    /// Pages of a part and what it does with each; each page once.
+    /// The pages of a part, each once, and what the part does with each.
     fn lock_set(&self, waiter: RequestIdx) -> SmallVec<[(PageIdx, Access); 4]> {
         let pending = &self.requests.pending[waiter];
         let reads = pending.reads_count();
@@ -59,7 +59,7 @@ impl Shard {
         }
     }
 
-    /// Lets the pages of a part go; those that waited for them go on.
+    /// Releases the pages of a part; commits that waited for them proceed.
     pub(in crate::engine) fn let_pages_go(&mut self, waiter: RequestIdx) {
         for (idx, access) in self.lock_set(waiter) {
             let hold = &mut self.cache.table.pages[idx].hold;

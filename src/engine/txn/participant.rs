@@ -8,10 +8,10 @@
 //! Invariants
 //! 1. A vote waits for the device (a page must be read) but never for a hold, room or memory; so
 //!    two commits can't wait for each other.
-//! 2. After a `Yes` nothing but the device can fail: log room, buffers, frames, space and the map
-//!    leaves are reserved.
-//! 3. The record of a part, and an owner's, stands alone in its atomic span: a recovered log can
-//!    end right before and right after it.
+//! 2. After a `Yes` only the device can fail: log room, buffers, frames, space and the map leaves
+//!    are reserved.
+//! 3. The record of a part, like an owner's, is alone in its atomic span: a recovered log can end
+//!    right before and right after it.
 
 use crate::base::error::{Error, ErrorKind};
 use crate::base::{Lsn, RequestIdx, ShardId, ShardSet};
@@ -26,13 +26,13 @@ use crate::engine::{Commit, Shard};
 use crate::format::group::Role;
 use hashbrown::HashMap;
 
-/// The parts that this shard has, by commit: their places in the table of requests.
+/// The parts that this shard has, by commit: their indices in the table of requests.
 pub(in crate::engine) type Parts = HashMap<PartRef, RequestIdx, foldhash::fast::FixedState>;
 
 /// Parts of commits over shards, voted for and not decided yet.
 pub(in crate::engine) struct Participant {
     pub(super) parts: Parts,
-    /// The part of a commit over shards that others let go first (see `precedence`).
+    /// The part of a commit over shards that goes first (see `precedence`).
     pub(super) in_front: Option<precedence::InFront>,
 }
 
@@ -46,14 +46,15 @@ impl Participant {
         self.parts.is_empty()
     }
 
-    /// The store has stopped: no part is voted for any more, and nobody waits behind one.
+    /// Called when the store has stopped: no part is voted for any more, and no commit waits behind
+    /// one.
     pub fn clear_front(&mut self) {
         self.in_front = None;
     }
 }
 
 impl Shard {
-    /// The owner asks for a vote.
+    /// Called when the owner asks for a vote.
     pub(in crate::engine) fn prepare(&mut self, owner: ShardId, txn: u64, ask: PrepareRequest) {
         let of = PartRef { owner, txn };
         if let Some(error) = self.ctx.failed.clone() {
@@ -109,7 +110,7 @@ impl Shard {
         }
     }
 
-    /// The vote; `None` if a map node must be read first.
+    /// Determines the vote; `None` if a map node must be read first.
     fn judge_part(&mut self, waiter: RequestIdx) -> Option<Vote> {
         let pending = &self.requests.pending[waiter];
         if let Some(error) = pending.error.clone().or_else(|| self.ctx.failed.clone()) {
@@ -147,7 +148,7 @@ impl Shard {
         Some(Vote::Yes(read))
     }
 
-    /// The owner has decided.
+    /// Called when the owner has decided.
     pub(in crate::engine) fn decided(&mut self, owner: ShardId, txn: u64, decision: Decision) {
         let of = PartRef { owner, txn };
         // After a failure all parts are gone.
@@ -210,7 +211,7 @@ impl Shard {
         self.release(waiter);
     }
 
-    /// The store has stopped: nothing that was voted for will be decided here.
+    /// Called when the store has stopped: nothing that was voted for will be decided here.
     pub(in crate::engine) fn drop_parts(&mut self) {
         let mut all: Vec<(PartRef, RequestIdx)> = self.participant.parts.drain().collect();
         all.sort();
@@ -219,7 +220,7 @@ impl Shard {
         }
     }
 
-    /// Parts of this shard's groups are durable.
+    /// Called when parts of this shard's groups are durable.
     pub(in crate::engine) fn parts_durable(&mut self, parts: Vec<PartRef>) {
         for of in parts {
             match of.owner == self.ctx.id {

@@ -1,25 +1,25 @@
-//! Who goes first where a part of a commit over shards meets others for too long: the commit that
-//! was asked for first.
+//! Decides which commit goes first when a part of a commit over shards has met others for too long:
+//! the one that was requested first.
 //!
-//! A vote can't wait, so a part has no place in a queue: it finds what the commits of the shard
-//! have left, and is asked again. A stream of them could leave too little for ever. So the oldest
-//! part that was told "not now" or "held" long after it was first asked for is put *in front*:
-//! until it is voted for, commits of the shard are not admitted, and younger parts are told "not
-//! now". If it lacks what requests under way keep in memory, those must end: commits go on, but no
-//! request is taken from callers.
+//! A vote can't wait, so a part has no place in a queue: it gets what the commits of the shard have
+//! left, and is asked again. A stream of them could leave too little for ever. So the oldest part
+//! that gets a vote of `Busy` or `Conflict` long after it was first requested is put *in front*:
+//! until it is voted for, commits of the shard are not admitted, and younger parts get `Busy`. If
+//! it lacks memory that requests in progress keep, those must end: commits continue, but no request
+//! is accepted from callers.
 //!
 //! Invariants
-//! 1. Being in front holds nothing: no page, no room. It only keeps others from taking what becomes
-//!    free.
+//! 1. A part in front holds nothing for it: no page, no room. It only keeps others from taking what
+//!    becomes free.
 //! 2. All shards compare parts by the same order: time of the first request, then owner, then
-//!    number. An older part takes the place of a younger one at once. So the oldest of all commits
-//!    over shards is kept back by no other one anywhere, and two shards can't each put the other's
+//!    number. An older part takes the place of a younger one at once. So no other commit keeps back
+//!    the oldest of all commits over shards anywhere, and two shards can't each put the other's
 //!    part last for ever.
 //! 3. It ends with a `Yes` or a `No`, or when the owner has not asked again for [`IN_FRONT_US`]:
-//!    whoever waits for it has a deadline, and an owner that has given up or has failed keeps
-//!    nobody back.
+//!    everything that waits for it has a deadline, and an owner that has given up or has failed
+//!    keeps nothing back.
 //!
-//! It does not order commits of one shard: they stay first in, first out.
+//! It does *not* order commits of one shard: they stay first in, first out.
 
 use crate::base::{Micros, RequestIdx, ShardId};
 use crate::engine::Work;
@@ -28,18 +28,17 @@ use crate::engine::message::Vote;
 use crate::engine::requests::PendingKind;
 use crate::engine::{Lack, Shard, Step};
 
-/// Before a commit that was refused is asked for again: the first time, and at most.
+/// The wait before votes for a refused commit are requested again: the first, and the longest.
 pub(in crate::engine) const RETRY_US: (Micros, Micros) = (100, 5_000);
-/// From when on a commit that is asked for again goes in front. Shorter waits are common when a
-/// device is busy, and end by themselves; to stop the others for each of them would cost
-/// throughput.
+/// The age at which a commit goes in front. Shorter waits are common when a device is busy, and end
+/// by themselves; stopping the others for each of them would cost throughput.
 const PATIENCE_US: Micros = 100_000;
-/// For how long a part stays in front without being asked for: an owner asks again sooner, even
-/// when it is slow to turn.
+/// How long a part stays in front without another request for its vote: an owner asks again sooner,
+/// even when its turns are slow.
 const IN_FRONT_US: Micros = 8 * RETRY_US.1;
 
-/// When a commit was asked for first, at its owner, and which it is: the order in which commits
-/// over shards go.
+/// When a commit was first requested, at its owner, and which it is: this orders commits over
+/// shards.
 pub(in crate::engine) type Age = (Micros, ShardId, u64);
 
 /// Who waits behind the part in front.
@@ -82,8 +81,8 @@ impl Shard {
         self.front().is_some_and(|front| front.behind == Behind::Commits)
     }
 
-    /// Whether no request is taken from callers, so that those under way give back what they keep
-    /// in memory.
+    /// Whether no request is accepted from callers, so that those in progress give back what they
+    /// keep in memory.
     pub(in crate::engine) fn callers_are_behind(&self) -> bool {
         self.front().is_some_and(|front| front.behind == Behind::Callers)
     }
@@ -98,7 +97,7 @@ impl Shard {
                         Some(InFront { age, until: self.ctx.now + IN_FRONT_US, behind });
                 }
             }
-            // Others may go on, in the next lap.
+            // Others may proceed, in the next lap.
             Vote::Yes(_) | Vote::No(_)
                 if self.participant.in_front.as_ref().is_some_and(|front| front.age == age) =>
             {
@@ -109,7 +108,7 @@ impl Shard {
         }
     }
 
-    /// Until when commits or callers wait for the part in front at the latest.
+    /// The latest time until which commits or callers wait for the part in front.
     pub(in crate::engine) fn front_ends(&self) -> Option<Micros> {
         let waits = self.ctx.blocked.is_blocked(Step::Commit, Lack::Turn);
         self.front()

@@ -72,7 +72,7 @@ pub(in crate::engine) struct WriteBack {
     awaiting_watermark: BinaryHeap<AwaitingWatermark>,
     /// Pages being written.
     page_writes: usize,
-    /// No dirty page can be written before something happens here, or the watermark reaches this.
+    /// Before something happens here, or the watermark reaches this, no dirty page can be written.
     stuck_until: Option<Lsn>,
     /// Written versions whose map leaf is being written.
     behind_nodes: Vec<PageVersionIdx>,
@@ -80,7 +80,7 @@ pub(in crate::engine) struct WriteBack {
     checkpoint_versions: u64,
 }
 
-/// Pages in flight to their places at most: enough for the queue of a fast device, few enough to
+/// The most pages in flight to their places: enough for the queue of a fast device, few enough to
 /// leave memory.
 const PAGE_WRITES_MAX: usize = 1024;
 /// The queue is swept when at least this many of its pages, and half of them, are clean: they keep
@@ -125,7 +125,7 @@ impl WriteBack {
         ctx.need(Work::WriteBack);
     }
 
-    /// Something has happened that dirty pages may have waited for.
+    /// Called when something has happened that dirty pages may have waited for.
     pub fn unblock(&mut self, ctx: &mut Context) {
         if self.stuck_until.take().is_some() {
             ctx.need(Work::WriteBack);
@@ -152,7 +152,7 @@ impl WriteBack {
         self.dirty.iter().copied().chain(self.versions.iter().map(|(_, version)| version.page))
     }
 
-    /// A checkpoint waits for `pages` to have the version in the map that they have now.
+    /// Records that a checkpoint waits until the map has the present version of this many `pages`.
     pub fn await_versions(&mut self, pages: u64) {
         let before = self.checkpoint_versions;
         assert!(before == 0, "a checkpoint waits for {pages} pages, the one before for {before}");
@@ -166,7 +166,7 @@ impl WriteBack {
         self.spread_taken = 0;
     }
 
-    /// Pages that the checkpoint under way waits for.
+    /// Pages that the checkpoint in progress waits for.
     pub fn awaited_versions(&self) -> u64 {
         self.checkpoint_versions
     }
@@ -177,7 +177,7 @@ impl WriteBack {
         self.versions.iter().map(|(_, version)| version)
     }
 
-    /// How much is under way: for audits and messages.
+    /// How much is in progress: for audits and messages.
     pub fn counts(&self) -> WriteBackCounts {
         WriteBackCounts {
             dirty: self.dirty.len(),
@@ -189,7 +189,7 @@ impl WriteBack {
     }
 }
 
-/// How much of the write-back is under way.
+/// How much of the write-back is in progress.
 #[derive(Clone, Copy, Debug)]
 #[cfg_attr(
     not(any(test, feature = "sim")),
@@ -273,7 +273,7 @@ impl Shard {
         }
     }
 
-    /// The page's newest version is on its way from the queue.
+    /// Records that the page's newest version is on its way from the queue.
     fn begin_flush(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         assert!(
@@ -287,8 +287,8 @@ impl Shard {
         self.leave_dirty(idx);
     }
 
-    /// The page's newest version is on its way: it is dirty no more, and the block that was reserved
-    /// for it is taken.
+    /// Records that the page's newest version is on its way: it is no longer dirty, and the block
+    /// that was reserved for it is taken.
     pub(in crate::engine) fn leave_dirty(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         let reserved = self.reservations.dirty_blocks;
@@ -339,7 +339,7 @@ impl Shard {
         (version, IoSlice::whole(sealed.into_bytes()))
     }
 
-    /// A version of a page is on its way into the map.
+    /// Records that a version of a page is on its way into the map.
     pub(in crate::engine) fn add_version(&mut self, version: PageVersion) -> PageVersionIdx {
         self.reservations.unpublished += 1;
         self.writeback.versions.insert(version)
@@ -364,7 +364,7 @@ impl Shard {
         }
     }
 
-    /// Pages that compaction moves: clean, in memory, their leaf pinned.
+    /// Writes the pages that compaction moves: clean, in memory, their leaf pinned.
     fn write_moves(&mut self) {
         let mut blocks = Vec::new();
         for idx in std::mem::take(&mut self.space.compaction.moves) {

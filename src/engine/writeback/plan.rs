@@ -1,15 +1,15 @@
-//! From many small transfers to few large ones: pure planning, no I/O.
+//! Merges many small transfers into few large ones: pure planning, no I/O.
 //!
-//! Given blocks with their places, in any order: sort them, put neighbours into one vectored
-//! operation of at most `blocks_max` blocks. Writes (of groups, dirty pages, checkpoints) never meet
-//! in a block; reads may, and bridge small gaps by reading what nobody asked for.
+//! Given blocks with their places, in any order, it sorts them and puts neighbours into one
+//! vectored operation of at most `blocks_max` blocks. Writes (of groups, dirty pages, checkpoints)
+//! never meet in a block; reads may, and bridge small gaps by reading blocks that no request needs.
 
 use crate::base::BlockAddr;
 
 /// Consecutive blocks, one vectored operation.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Run<T> {
-    /// Where the first block lies.
+    /// The place of the first block.
     pub place: BlockAddr,
     /// What goes to, or comes from, each of the consecutive blocks.
     pub items: Vec<T>,
@@ -35,8 +35,8 @@ pub fn writes<T>(blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> 
     runs
 }
 
-/// The reads of `blocks`, each of at most `blocks_max` blocks, with gaps of at most `gap_max` blocks
-/// read too (`None`). A place may be asked for twice: a damaged map names anything.
+/// The reads of `blocks`, each of at most `blocks_max` blocks, with gaps of at most `gap_max`
+/// blocks read too (`None`). A place may occur twice: a damaged map may name anything.
 pub fn reads<T>(
     blocks: Vec<(BlockAddr, T)>,
     gap_max: u32,
@@ -64,8 +64,8 @@ fn runs<T>(mut blocks: Vec<(BlockAddr, T)>, blocks_max: usize) -> Vec<Run<T>> {
 }
 
 /// Puts something into the gaps between neighbouring runs of one extent that are at most `gap_max`
-/// blocks wide, so that one operation reads them all: `None` stands for a block that nobody asked
-/// for.
+/// blocks wide, so that one operation reads them all: `None` stands for a block that no request
+/// needs.
 fn bridge<T>(runs: Vec<Run<T>>, gap_max: u32, blocks_max: usize) -> Vec<Run<Option<T>>> {
     let mut bridged: Vec<Run<Option<T>>> = Vec::new();
     for run in runs {
@@ -99,7 +99,7 @@ mod tests {
             ..ProptestConfig::default()
         })]
 
-        /// A block left out, doubled or put elsewhere would be lost or bent data.
+        /// A block left out, doubled or put elsewhere would be lost or corrupt data.
         #[test]
         fn every_block_goes_to_its_place_once(
             places in proptest::collection::btree_set((0u32..3, 0u32..64), 0..100), max in 1usize..65,
@@ -118,7 +118,7 @@ mod tests {
             prop_assert_eq!(seen, places.into_iter().collect::<Vec<_>>());
         }
 
-        /// A bridge that is off by one gives each page behind it the bytes of another.
+        /// A bridge that is off by one gives each page after it the bytes of another.
         #[test]
         fn bridged_blocks_stay_at_their_places(
             places in proptest::collection::btree_set((0u32..3, 0u32..64), 0..100), max in 1usize..65, gap in 0u32..5,

@@ -1,4 +1,4 @@
-//! Publishes written versions: the map names them once they are durable.
+//! Publishes written versions: makes the map name them once they are durable.
 //!
 //! ```text
 //! written --at or below the watermark--> its leaf is not being written --> in the map
@@ -6,11 +6,11 @@
 //! ```
 //! Invariants
 //! 1. The map gets a version only when it is written *and* at or below the watermark.
-//! 2. A version that comes late (the map names a newer one already) gives its block back like any
+//! 2. A version that comes late (the map already names a newer one) gives its block back like any
 //!    other: a log record may name it.
 //! 3. A move changes the map only if the map still names the place that it moved from.
 //!
-//! It does *not* choose what is written, nor write anything.
+//! It does *not* choose what is written, nor does it write anything.
 
 use super::{AwaitingWatermark, PageVersion};
 use crate::base::{Lsn, PageIdx, PageVersionIdx};
@@ -18,7 +18,7 @@ use crate::engine::Shard;
 use std::cmp::Reverse;
 
 impl Shard {
-    /// Writes of these versions have completed.
+    /// Called when writes of these versions have completed.
     pub(in crate::engine) fn versions_written(&mut self, versions: Vec<PageVersionIdx>) {
         for version in versions {
             self.version_written(version);
@@ -37,7 +37,7 @@ impl Shard {
         }
     }
 
-    /// The watermark has advanced: what is written and durable goes into the map.
+    /// Called when the watermark has advanced: puts what is written and durable into the map.
     pub(in crate::engine) fn publish_durable(&mut self) {
         self.writeback.unblock(&mut self.ctx);
         let watermark = self.ctx.order.watermark();
@@ -50,15 +50,15 @@ impl Shard {
         }
     }
 
-    /// Node writes may have ended: what waited for them goes into the map.
+    /// Called when node writes may have ended: puts what waited for them into the map.
     pub(in crate::engine) fn publish_behind_nodes(&mut self) {
         for version in std::mem::take(&mut self.writeback.behind_nodes) {
             self.publish_or_wait(version);
         }
     }
 
-    /// Puts a version into the map, unless its leaf is on its way to the device: then when that
-    /// write has ended.
+    /// Puts a version into the map, or, if its leaf is being written, defers it until that write
+    /// has ended.
     fn publish_or_wait(&mut self, version: PageVersionIdx) {
         let leaf = self.cache.table.pages[self.writeback.versions[version].page].leaf;
         if leaf.is_some_and(|leaf| self.map.is_being_written(leaf)) {
@@ -128,7 +128,7 @@ impl Shard {
         self.ctx.room_changed();
     }
 
-    /// A version of the page is in the map.
+    /// Called when a version of the page is in the map.
     pub(in crate::engine) fn page_published(&mut self, idx: PageIdx) {
         let page = &mut self.cache.table.pages[idx];
         if page.checkpoint_target != Lsn::ZERO && page.mapped_lsn >= page.checkpoint_target {
