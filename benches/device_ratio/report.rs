@@ -118,13 +118,18 @@ impl Row {
 
     fn json(&self) -> Value {
         let samples = |samples: &[Sample]| -> Vec<Value> {
-            let one = |s: &Sample| json!({"rate": s.rate, "p50_us": s.p50_us, "p99_us": s.p99_us, "cpu_us": s.cpu_us});
+            let one = |s: &Sample| {
+                json!({
+                    "rate": s.rate, "p50_us": s.p50_us, "p99_us": s.p99_us, "cpu_us": s.cpu_us,
+                })
+            };
             samples.iter().map(one).collect()
         };
         json!({
             "workload": self.what, "unit": self.unit(), "engine": self.figure(&self.engine),
-            "reference": self.figure(&self.reference), "ratio": self.ratio(), "target": self.target(), "met": self.met(),
-            "note": self.note, "engine_rounds": samples(&self.engine), "reference_rounds": samples(&self.reference),
+            "reference": self.figure(&self.reference), "ratio": self.ratio(),
+            "target": self.target(), "met": self.met(), "note": self.note,
+            "engine_rounds": samples(&self.engine), "reference_rounds": samples(&self.reference),
         })
     }
 }
@@ -192,8 +197,10 @@ impl Report {
             println!("THE MACHINE IS BUSY: these figures are not of the engine alone");
         }
         report.line(&json!({
-            "machine": machine, "kernel": kernel, "file_system": files, "fio": fio, "commit": commit(), "load": load(),
-            "rounds": plan.rounds, "ms": plan.time.as_millis() as u64, "pages": plan.pages, "hot_pages": plan.hot_pages,
+            "machine": machine, "kernel": kernel, "file_system": files, "fio": fio,
+            "commit": commit(), "load": load(),
+            "rounds": plan.rounds, "ms": plan.time.as_millis() as u64,
+            "pages": plan.pages, "hot_pages": plan.hot_pages,
             "small": small, "core": plan.core, "shards": plan.shards,
         }));
         report

@@ -17,11 +17,11 @@ impl Shard {
     /// Describes what the shard waits for.
     pub fn dump_state(&self) -> String {
         format!(
-            "{:?} with {} pending free and {} coming, {} pending, {} ready, {} finished, {} ops, {} \
-             waiting for durability, open group of {} urgent {}, {} groups in flight, flushing \
-             {}, {} dirty, {} versions on their way, {} page writes, {} blocks reserved, {} dirty nodes, \
-             checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for space \
-             {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
+            "{:?} with {} pending free and {} coming, {} pending, {} ready, {} finished, {} ops, \
+             {} waiting for durability, open group of {} urgent {}, {} groups in flight, flushing \
+             {}, {} dirty, {} versions on their way, {} page writes, {} blocks reserved, {} dirty \
+             nodes, checkpoint {:?}, {} extents being compacted, {} moves, growing {}, stalled for \
+             space {}, {} segments free, {} frames ({}), {:?}, next {} watermark {}, failed {:?}, \
              closing {}",
             self.space.extents.space(),
             self.space.extents.pending_free_count(),

@@ -8,10 +8,12 @@
 //!
 //! ```text
 //! commit      owner --Prepare--> part --Vote--> owner --Decide--> part --Applied, Durable--> owner
-//! checkpoint  any --Want--> leader --Begin--> all --Began--> leader --Redo--> all --Captured--> all
-//!             all --Ready--> leader (table, flush, superblock) --Done--> all
-//! opening     all --Redone--> leader, then a checkpoint        closing  leader --Quiesce--> all --Quiet--> leader
-//! space       any --WantSpace--> leader --Granted | Denied--> any --Spare--> others --Granted--> any
+//! checkpoint  any --WantCheckpoint--> leader --Begin--> all --Began--> leader --Redo--> all
+//!             all --Captured--> all --Ready--> leader (table, flush, superblock) --Done--> all
+//! opening     all --Redone--> leader, then a checkpoint
+//! closing     leader --Quiesce--> all --Quiet--> leader
+//! space       any --WantSpace--> leader --Granted | Denied--> any
+//!             any --DonateExtents--> others --Granted, maybe none--> any
 //! compaction  owner of the extent --Move--> shard of the page --Moved--> owner
 //! ```
 

@@ -5,7 +5,8 @@
 //! request --> cache (resolve, load) --> commits (validate, admit, LSN, apply) ----> open group
 //!      \--> coordinator (prepare, LSN) <--messages--> participant (lock, vote, apply) -^   |close
 //!       reply <-- watermark <-- flush <-- log write, pages straight to their places <--+
-//!   dirty pages --> write-back (sorted, merged) --> extents --> page map --> checkpoint --> superblock
+//!   dirty pages --> write-back (sorted, merged) --> extents --> page map --> checkpoint
+//!                                                                    --> superblock
 //! ```
 //! Invariants
 //! 1. Everything happens in [`Shard::turn`] and [`Shard::complete`]; between two calls nothing

@@ -27,7 +27,8 @@ macro_rules! layouts {
                 size_of_field(|value: &This| &value.$field),
                 stringify!($field).to_string(),
             )),*];
-            all.push((format!("{}::{}", stringify!($module), stringify!($name)), size_of::<This>(), fields));
+            let name = format!("{}::{}", stringify!($module), stringify!($name));
+            all.push((name, size_of::<This>(), fields));
         })*
         all
     }};
@@ -35,10 +36,16 @@ macro_rules! layouts {
 
 fn compiled() -> Vec<Layout> {
     layouts! {
-        superblock::Head { magic, version, crc, copy, shards_count, clean, flush_method, store_id, generation, epoch, epoch_first_lsn, salt, checkpoint, watermark, next_lsn, extent_bytes, segment_bytes, segments_count, vshards_count, extents_count, table_crc, reserved }
+        superblock::Head {
+            magic, version, crc, copy, shards_count, clean, flush_method, store_id, generation,
+            epoch, epoch_first_lsn, salt, checkpoint, watermark, next_lsn, extent_bytes,
+            segment_bytes, segments_count, vshards_count, extents_count, table_crc, reserved
+        }
         superblock::LogRow { segment, block, generation, number, checksum, segments_made }
         superblock::VShardRow { generation, redo_lsn, shard, reserved, root_crc }
-        root::Head { magic, crc, vshard, reserved, store_id, generation, redo_lsn, checkpoint, reserved2 }
+        root::Head {
+            magic, crc, vshard, reserved, store_id, generation, redo_lsn, checkpoint, reserved2
+        }
         extent::TableHead { magic, crc, index, store_id, checkpoint, reserved }
         extent::TableRow { state, class, live, summary_crc, summary_slot, reserved }
         extent::SummaryHead { magic, crc, extent, store_id, count, reserved }
@@ -47,7 +54,11 @@ fn compiled() -> Vec<Layout> {
         node::Child { place, crc, level, present, reserved }
         catalog::VolumeRecord { magic, crc, name_len, reserved, bytes, name }
         group::RawRun { first, count }
-        group::Head { magic, head_crc, body_crc, epoch, generation, number, prev_crc, shard, runs_count, segment, block, body_blocks, blocks, records_bytes, images_count, commits_count, key_id, reserved, watermark, superblock_generation, runs, nonce, tag, reserved2 }
+        group::Head {
+            magic, head_crc, body_crc, epoch, generation, number, prev_crc, shard, runs_count,
+            segment, block, body_blocks, blocks, records_bytes, images_count, commits_count, key_id,
+            reserved, watermark, superblock_generation, runs, nonce, tag, reserved2
+        }
         group::RawRecord { lsn, bytes, changes_count, kind, reserved }
         group::RawParts { shards }
         group::RawChange { kind, volume, class, reserved, len, offset, page }
@@ -57,7 +68,10 @@ fn compiled() -> Vec<Layout> {
 
 macro_rules! constants {
     ($($module:ident :: $name:ident),* $(,)?) => {
-        [$((concat!(stringify!($module), "::", stringify!($name)).to_string(), $module::$name as u64)),*].into()
+        [$((
+            concat!(stringify!($module), "::", stringify!($name)).to_string(),
+            $module::$name as u64,
+        )),*].into()
     };
 }
 

@@ -2,11 +2,11 @@
 //! of threads, and parking. What they carry is a type parameter.
 //!
 //! ```text
-//! foreign thread --in-flight table--> inbox --\                     /--> reply slot --> foreign thread
-//!                                              > one thread's round <
-//! other thread ----SPSC ring----------------> /         |           \--> SPSC ring --> other thread
-//!                                                       |                (or outbox)
-//!                              parking word: "I wait, for level x too" <-- whoever brings something
+//! foreign thread --in-flight table--> inbox -\                    /-> reply slot -> foreign thread
+//!                                             > one thread's round <
+//! other thread ----SPSC ring---------------> /         |          \-> SPSC ring --> other thread
+//!                                                      |               (or outbox)
+//!                         parking word: "I wait, for level x too" <-- a thread brings something
 //! ```
 //! Invariants
 //! 1. No lock is taken, and no system call is made unless the thread to be woken is parked.

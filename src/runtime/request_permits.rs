@@ -1,7 +1,7 @@
 //! Back-pressure: permits for requests in flight, and for the bytes that they carry.
 //!
 //! ```text
-//!   acquire --room--> in flight --answered: release--> the first waiter gets a permit, and is woken
+//!   acquire --room--> in flight --answered: release--> the first waiter gets a permit and is woken
 //!     |no room                                       ^
 //!     v                                              |
 //!   waits, in the order of arrival ------------------/

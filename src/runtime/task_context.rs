@@ -1,7 +1,8 @@
 //! Tasks on a shard's own thread, and their requests, which take no hop.
 //!
 //! ```text
-//!   spawn_on --closure--> spawn queue --run--> task --call--> queue --round--> shard --reply--> task
+//!   spawn_on --closure--> spawn queue --run--> task --call--> queue --round--> shard
+//!   shard --reply--> task
 //!   woken on the thread: into the run queue
 //!   woken elsewhere:     into the mailbox's `woken_tasks`, and the thread is unparked
 //! ```

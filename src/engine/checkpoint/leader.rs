@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! checkpoint  Idle --wanted--> Beginning --all Began--> Running --all Ready--> Table --> Flush
-//!                  --> Super(copy 1) --> SuperFlush --> Super(copy 2) --> SuperFlush --Done to all--> Idle
+//!                  --> Super(copy 1) --> SuperFlush --> Super(copy 2) --> SuperFlush
+//!                  --Done to all--> Idle
 //! opening     all Redone --> the checkpoint of the new epoch --> open
 //! closing     Quiesce to all --> all Quiet --> the clean checkpoint --> closed
 //! ```

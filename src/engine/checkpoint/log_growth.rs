@@ -47,7 +47,8 @@ impl Shard {
                     let (shard, segments) = (self.ctx.id.get(), self.log.segments_count());
                     tracing::warn!(
                         shard, segments, %error,
-                        "the log can't get longer: the store goes on with frequent checkpoints, and tries again in a later one"
+                        "the log can't get longer: the store continues with frequent checkpoints, \
+                         and tries again in a later one"
                     );
                 }
             }

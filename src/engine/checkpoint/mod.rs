@@ -2,11 +2,14 @@
 //! any more. Shard 0 leads; see `leader`.
 //!
 //! ```text
-//! Idle --Begin--> Begun --Redo(LSN)--> Watermark --> Pages --> Capture --> Handover --> Summaries --> Waiting --Done--> Idle
-//!                 blocks               it has        dirty     nodes, one  all others   of extents    Ready: table, flush and
-//!                 given up             reached       pages     virtual     have         in use        superblock are the
-//!                 are retired          the LSN       written   shard a     captured                   leader's
-//!                                                              turn; roots too
+//! Idle --Begin--> Begun       blocks given up are retired
+//!      --Redo(LSN)--> Watermark   it has reached the LSN
+//!                 --> Pages       dirty pages are written
+//!                 --> Capture     nodes, one virtual shard a turn; roots too
+//!                 --> Handover    all others have captured
+//!                 --> Summaries   of extents in use
+//!                 --> Waiting     after Ready: table, flush and superblock are the leader's
+//!      --Done--> Idle
 //! ```
 //! Invariants
 //! 1. The redo LSN is chosen when every shard has begun. Every record up to it is applied where it
@@ -409,8 +412,8 @@ impl Shard {
         let (is_open, in_flight) = (!self.log.open.is_empty(), self.log.in_flight.len());
         assert!(
             !clean || (!is_open && in_flight == 0),
-            "the log is closed with commits in its open group: {is_open}, and {in_flight} groups in \
-             flight"
+            "the log is closed with commits in its open group: {is_open}, and {in_flight} groups \
+             in flight"
         );
         let contribution = Contribution {
             rows: self.space.extents.rows(),

@@ -202,7 +202,8 @@ impl Log {
         let (stock, filled, all) = self.open.chunk_counts();
         assert!(
             stock + filled + in_flight == all,
-            "buffers are missing: {stock} in stock, {filled} filled, {in_flight} in flight, of {all}"
+            "buffers are missing: {stock} in stock, {filled} filled, {in_flight} in flight, of \
+             {all}"
         );
         for group in &self.in_flight {
             group.assert_state();

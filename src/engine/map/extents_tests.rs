@@ -295,7 +295,9 @@ proptest! {
 
     #[test]
     fn no_place_is_reused_while_a_root_names_it_and_none_is_lost(
-        steps in proptest::collection::vec((0u8..12, any::<u16>()), 0..if cfg!(miri) { 40 } else { 500 }),
+        steps in proptest::collection::vec(
+            (0u8..12, any::<u16>()), 0..if cfg!(miri) { 40 } else { 500 },
+        ),
     ) {
         let mut model = Model::new();
         for (step, pick) in steps {
@@ -321,9 +323,11 @@ proptest! {
             model.finish_checkpoint();
         }
         model.check();
-        let nodes: BTreeSet<ExtentNo> = model.nodes.iter().flatten().map(|place| place.extent).collect();
+        let nodes = model.nodes.iter().flatten().map(|place| place.extent);
+        let nodes: BTreeSet<ExtentNo> = nodes.collect();
         let space = model.extents.space();
-        prop_assert_eq!(space.live_blocks, model.nodes.iter().map(BTreeSet::len).sum::<usize>() as u64);
+        let live = model.nodes.iter().map(BTreeSet::len).sum::<usize>();
+        prop_assert_eq!(space.live_blocks, live as u64);
         prop_assert!(space.free as usize + 3 + nodes.len() >= space.total as usize, "{:?}", space);
     }
 }

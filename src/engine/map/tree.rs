@@ -2,7 +2,8 @@
 //! blocks at checkpoints.
 //!
 //! ```text
-//! root block (virtual shard) --volume--> interior nodes (256 children) --> leaf (64 entries) --> page
+//! root block (virtual shard) --volume--> interior nodes (256 children) --> leaf (64 entries)
+//!                                                                            --> page
 //! ```
 //! Invariants
 //! 1. A node is in memory only while its parent is. Only the top of a tree has no parent: the root

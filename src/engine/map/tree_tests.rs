@@ -465,7 +465,9 @@ proptest! {
 
     #[test]
     fn the_map_says_what_a_simple_map_says(
-        steps in proptest::collection::vec((0u8..20, any::<u16>()), 0..if cfg!(miri) { 20 } else { 300 }),
+        steps in proptest::collection::vec(
+            (0u8..20, any::<u16>()), 0..if cfg!(miri) { 20 } else { 300 },
+        ),
     ) {
         let mut store = Store::new();
         for (step, pick) in steps {

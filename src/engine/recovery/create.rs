@@ -1,7 +1,8 @@
 //! Creates a store.
 //!
 //! ```text
-//! log-000-0000 (zeros) -> meta (zeros) -> mark in meta, flushed -> logs, data, extents, roots -> superblock, over the mark
+//! log-000-0000 (zeros) -> meta (zeros) -> mark in meta, flushed -> logs, data, extents, roots
+//!                                                               -> superblock, over the mark
 //! ```
 //! Invariants
 //! 1. The superblock comes last: until it is durable there is no store, and an interrupted creation

@@ -2,11 +2,11 @@
 //! to the end of the log, and only then takes requests.
 //!
 //! ```text
-//! superblock --> roots, extent table --clean------------------------+
-//!                        |not clean                                  v
+//! superblock --> roots, extent table --clean-----------------------+
+//!                        |not clean                                v
 //!      scan all logs --> end of the log --> flush what was read --> a shard for each core
-//!                                                                    |
-//!                 each shard redoes its part, all at once, then one checkpoint begins the new epoch
+//!                                                                  |
+//!               each shard redoes its part, all at once, then one checkpoint begins the new epoch
 //! ```
 //! One thread does the upper two lines here; the shards do the rest, wherever they are driven.
 //!

@@ -471,9 +471,8 @@ fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
     }
     assert!(refused > 0, "all 2000 pages fit into memory");
     let commit = Commit { changes: vec![(key(1), put(1))], durable: true, ..Commit::default() };
-    assert!(
-        matches!(d.ask(Request::Commit(commit)), Err(error) if error.kind() == crate::ErrorKind::Busy)
-    );
+    let error = d.ask(Request::Commit(commit)).unwrap_err();
+    assert_eq!(error.kind(), crate::ErrorKind::Busy);
     assert!(pinned.iter().all(|page| page.iter().all(|byte| *byte == page[0])));
     pinned.clear();
     d.commit(vec![(key(1), put(77))]);

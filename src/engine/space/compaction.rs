@@ -124,7 +124,8 @@ impl Compactor {
 #[derive(Default)]
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
-    /// Map nodes that wait for a read of themselves, or of a node above; counted in `Reservations::moves`.
+    /// Map nodes that wait for a read of themselves, or of a node above; counted in
+    /// `Reservations::moves`.
     reading: IndexedSlab<NodeMoveIdx, Asked>,
 }
 
@@ -240,8 +241,8 @@ impl Shard {
                     tracing::warn!(
                         extent = extent.get(),
                         %error,
-                        "the summary of an extent can't be read: the space of what dies in it comes back only when all of it has; \
-                         its pages can still be read"
+                        "the summary of an extent can't be read: its space comes back only when \
+                         everything in it is garbage; its pages can still be read"
                     );
                 }
             }
@@ -340,8 +341,8 @@ impl Shard {
                         extent = place.extent.get(),
                         block = place.block,
                         %error,
-                        "this can't be read, so it can't be moved: its extent is not compacted until it is overwritten or freed; \
-                         restore it from a backup, or free it"
+                        "this can't be read, so it can't be moved: its extent is not compacted \
+                         until it is overwritten or freed; restore it from a backup, or free it"
                     );
                 }
             }

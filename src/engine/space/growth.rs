@@ -123,7 +123,8 @@ impl Shard {
                 if !std::mem::replace(&mut self.space.growth_failure_logged, true) {
                     tracing::warn!(
                         %error,
-                        "the data space can't grow: make room in the file system; commits that need space fail until then"
+                        "the data space can't grow: make room in the file system; commits that \
+                         need space fail until then"
                     );
                 }
                 self.ctx.send(growth.of, Message::Denied);

@@ -311,7 +311,10 @@ impl Shard {
             return;
         }
         let now = self.ctx.now;
-        let is_due = |cross: &CoordinatedCommit| matches!(cross.state, State::Waiting { until } if until <= now);
+        let is_due = |cross: &CoordinatedCommit| match cross.state {
+            State::Waiting { until } => until <= now,
+            _ => false,
+        };
         let cross = &self.coordinator.commits;
         let due: Vec<u64> = self
             .coordinator

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! Prepare --pages loaded--> judged --No, Conflict, Busy--> gone
-//!                             \--Yes: pages held, room reserved--> Decide --Abort--> gone
-//!                                                                    \--Commit(LSN)--> applied, logged --flushed--> Durable
+//!                             \--Yes: pages held, room reserved--> Decide
+//! Decide --Abort--> gone
+//!    \--Commit(LSN)--> applied, logged --flushed--> Durable
 //! ```
 //! Invariants
 //! 1. A vote waits for the device (a page must be read) but never for a hold, room or memory; so

@@ -1,7 +1,7 @@
 //! Flush batches: flushes that are requested while one is in progress share the next one.
 //!
 //! ```text
-//!   join --no batch in progress--> the caller leads one: it syncs the batch's files, then calls `end`
+//!   join --no batch in progress--> the caller leads one: syncs the batch's files, then calls `end`
 //!     \--a batch in progress-----> waits for the *next* batch, which begins when this one ends
 //! ```
 //! Invariants

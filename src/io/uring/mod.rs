@@ -1,8 +1,8 @@
 //! The ring disk: our own io_uring, driven by the thread that submits.
 //!
 //! ```text
-//!   submit --> operation (spans) --> queue --push--> submission queue == kernel ==> completions
-//!                                      ^------ the remainder of short transfers -------' \--reap-->
+//!   submit --> operation (spans) --> queue --push--> submission queue = kernel => completions
+//!                                      ^----- the remainder of short transfers ------' \--reap-->
 //!   flush ----> a flush batch, shared by all disks: the disk that leads it puts an fsync into its
 //!               ring, the others get an event
 //!   allocate -> the allocator thread, which sends an event; then as flush

@@ -40,8 +40,8 @@ impl Verifier<'_> {
                 self.report.groups += groups as u64;
                 self.meter.advance(blocks_to_read(superblock));
                 let note = format!(
-                    "the log holds {groups} groups to be replayed, up to commit {recovered_lsn}; {torn} are \
-                     torn"
+                    "the log holds {groups} groups to be replayed, up to commit {recovered_lsn}; \
+                     {torn} are torn"
                 );
                 self.report.notes.push(note);
             }

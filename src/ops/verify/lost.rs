@@ -7,9 +7,10 @@
 //! superseded:
 //!
 //! ```text
-//! item of the summary --block is named--> there
-//!                     --the map names the page at this version or a newer one--> superseded, or moved
-//!                     --else--> freed, or gone: it is reported
+//! item of the summary
+//!     --block is named--> there
+//!     --the map names the page at this version or a newer one--> superseded, or moved
+//!     --else--> freed, or gone: it is reported
 //! ```
 //! Invariants
 //! 1. Only extents whose counts disagree are examined: in a healthy store nothing is reported, even

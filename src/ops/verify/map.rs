@@ -1,8 +1,9 @@
 //! The page map, node by node from the roots down, and every page that it names.
 //!
 //! ```text
-//! stack of nodes --a batch, by place--> read together --interior--> their children, onto the stack
-//!                                                     --leaf------> pages, until there are enough: read in order
+//! stack of nodes --a batch, by place--> read together
+//!     --interior--> their children, onto the stack
+//!     --leaf------> pages, until there are enough: read in order
 //! ```
 //! Invariants
 //! 1. A node is decoded only after its checksum was found right; a wrong one ends this branch and

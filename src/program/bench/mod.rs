@@ -2,7 +2,7 @@
 //! and verify the results.
 //!
 //! ```text
-//! BenchVolume: a volume, prefilled (every page written, so that nothing is measured that a first write costs)
+//! BenchVolume: a volume, prefilled (every page written, so that no first write is measured)
 //!           └─ run: tasks on shards, or threads with a queue each ──> Outcome: rate, latencies
 //!           └─ verify: closed, opened again, every page against what its only writer was told
 //! ```

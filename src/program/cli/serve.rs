@@ -220,7 +220,8 @@ fn wait(arguments: &Arguments, store: &Store, interrupt: &Interrupt) -> Result<(
         match arguments.on_failure {
             OnFailure::Exit => return Err(Failure::new(error)),
             OnFailure::Stay => {
-                error!(%error, "writes fail from now on; reads are still answered (--on-failure stay)")
+                let what = "writes fail from now on; reads are still answered (--on-failure stay)";
+                error!(%error, "{what}")
             }
         }
     }

@@ -2,7 +2,7 @@
 //! answer.
 //!
 //! ```text
-//! reply thread: block_on(work of the connection) ── parks until something wakes it, or the next pause is over
+//! reply thread: block_on(work of the connection) ── parks until woken, or the next pause is over
 //!                     └─ request: Busy ── pause 1 ms … 50 ms ── again, while the connection lives
 //! ```
 //! 1. A pause on a connection's reply thread delays only the request itself. On any other thread it

@@ -87,7 +87,8 @@ impl<E: Export> Connection<'_, E> {
             match result {
                 Err(fault) if is_in_one && !is_first => {
                     let fault = &fault.message;
-                    warn!(%fault, "a read failed after the header of its reply: the connection ends");
+                    let what = "a read failed after the header of its reply: the connection ends";
+                    warn!(%fault, "{what}");
                     self.hang_up();
                     return Ok(());
                 }

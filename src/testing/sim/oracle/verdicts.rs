@@ -203,8 +203,8 @@ impl Oracle {
     ) -> Result<Lsn, String> {
         if recovered_lsn < self.durable {
             return Err(format!(
-                "recovered to {recovered_lsn:?}, although everything up to {:?} was said to be durable, by {}; \
-                 allocated since {:?}: {:?}",
+                "recovered to {recovered_lsn:?}, although everything up to {:?} was said to be \
+                 durable, by {}; allocated since {:?}: {:?}",
                 self.durable,
                 self.promise,
                 self.began,
