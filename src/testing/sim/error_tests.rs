@@ -1,4 +1,4 @@
-//! Every operation of a few reference workloads fails, in every way in which operations fail.
+//! Makes every operation of a few reference workloads fail, in every way in which operations fail.
 //!
 //! After SQLite's I/O error loop (<https://sqlite.org/testing.html>, section 3.2): fail the first
 //! operation, run, check; fail the second, and so on, until a run goes through without meeting its
@@ -16,8 +16,7 @@ use crate::base::{PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request};
 use crate::testing::random::Rng;
 
-/// Operations that fail at once, at most, before a workload has come to its end: far more than any
-/// of them has.
+/// The bound on the operations of a workload: far more than any of them has.
 const INDEX_MAX: u64 = 5_000;
 
 /// When the error strikes.
@@ -35,14 +34,14 @@ struct Case {
     seed: u64,
     shards: u16,
     when: When,
-    /// How many operations go well before.
+    /// The number of operations that succeed before.
     after: u64,
     errno: i32,
     forever: bool,
 }
 
 fn key(n: u64) -> PageKey {
-    // Two in each run of 512: several virtual shards.
+    // Two pages in each run of 512: several virtual shards.
     PageKey::new(VolumeId::new(1), PageId::new(n % 2 + n / 2 * 512))
 }
 
@@ -87,7 +86,7 @@ fn work(sim: &mut SimRun, rng: &mut Rng, when: When) -> Outcome {
             sim.pass()?;
             continue;
         }
-        // Whatever the answer is, the judge has heard it.
+        // The judge has checked the answer, whatever it is.
         let _ = sim.call(request)?;
         sim.call(Request::Read(smallvec::smallvec![key(at)])).map(drop)?;
     }
@@ -134,7 +133,7 @@ fn run(case: &Case) -> Outcome<(RunStats, u64)> {
             // Reading everything may meet the error, and then that is the answer.
             Ok(opened) => {
                 read_all(&mut sim)?;
-                // It was open: what it showed may not be lost again.
+                // The store was open: what it showed must not be lost again.
                 sim.oracle.restart_at(opened.recovered_lsn, opened.recovered_lsn);
             }
             Err(error) => is_of_the_device(&error)?,
@@ -162,7 +161,7 @@ fn read_all(sim: &mut SimRun) -> Outcome {
     Ok(())
 }
 
-/// How many operations a workload has: up to there an error strikes.
+/// The number of operations of a workload: an error strikes each of them.
 fn operations(seed: u64, shards: u16, when: When) -> u64 {
     let strikes = |after| {
         let case = Case { seed, shards, when, after, errno: ERRNOS[0], forever: true };
@@ -187,7 +186,7 @@ pub(super) fn smallest() -> Outcome {
     })
 }
 
-/// If this fails, there is an operation whose failure costs data, or hangs, or is taken for
+/// If this fails, the failure of some operation costs data, makes the store hang, or is taken for
 /// success.
 #[test]
 fn every_operation_may_fail_in_every_way() {

@@ -25,7 +25,7 @@ fn put(n: u64, tag: u64) -> Request {
     commit(vec![(key(n), Change::Put(page_bytes(key(n), tag)))])
 }
 
-/// Runs `test` for each seed, and says which one failed.
+/// Runs `test` for each seed; names the one that failed.
 fn for_seeds(seeds: u64, mut test: impl FnMut(u64) -> Outcome) {
     for seed in 1..=seeds {
         test(seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
@@ -36,8 +36,8 @@ fn steps(sim: &mut SimRun, count: u32) -> Outcome {
     (0..count).try_for_each(|_| sim.step())
 }
 
-/// One error of the device, at some time; then everything that the contract says about a store that
-/// has failed.
+/// Injects one error of the device, at some time, then checks everything that the contract says
+/// about a store that has failed.
 fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     let mut sim = SimRun::new(quiet(seed));
     sim.begin()?;
@@ -53,7 +53,7 @@ fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     if sim.disk.counters().faults() == 0 {
         return Ok(0);
     }
-    // Some more, for requests that meet the failure on their way.
+    // Some more requests, which meet the failure on their way.
     steps(&mut sim, 40)?;
     sim.publish_to_map()?;
     let durable = sim.oracle.durable();
@@ -76,7 +76,7 @@ fn fails_and_stops(seed: u64, fault: Fault) -> Outcome<u64> {
     Ok(1 + unknown)
 }
 
-/// Who calls a failed flush good on the second try loses what was acknowledged after it.
+/// A store that accepts a failed flush on the second try loses what was acknowledged after it.
 #[test]
 fn failed_log_write_or_flush_stops_acknowledgements() {
     for (kind, area) in [
@@ -102,8 +102,7 @@ fn failed_log_write_or_flush_stops_acknowledgements() {
     }
 }
 
-/// A device that can't read a block must not make the store serve something else, or forget how to
-/// go on.
+/// A device that can't read a block must not make the store serve something else, or stop working.
 #[test]
 fn a_read_error_is_an_error_and_never_wrong_data() {
     let mut fired = 0;
@@ -113,8 +112,7 @@ fn a_read_error_is_an_error_and_never_wrong_data() {
         steps(&mut sim, 300)?;
         sim.publish_to_map()?;
         sim.reopen(Loss::Process)?;
-        // The check after reopening has read everything: only a store that has just been opened
-        // reads again.
+        // The check after reopening has read everything: only a newly opened store reads again.
         let answer = sim.call(Request::Close)?;
         answer.map_err(|error| error.to_string())?;
         sim.reopen_unchecked(Loss::Nothing)?;
@@ -175,7 +173,7 @@ fn a_full_disk_refuses_commits_cleanly_and_goes_on_when_there_is_space() {
         }
         sim.reopen(Loss::Everything)?;
         if sim.call(put(0, 1 << 30))?.is_err() {
-            // Dealt out anew, one shard may have more than its share of the pages.
+            // When they are dealt out again, one shard may have more than its share of the pages.
             for n in written / 2..written {
                 sim.call(commit(vec![(key(n), Change::Free)]))?
                     .map_err(|e| format!("a free after reopening: {e}"))?;
@@ -220,8 +218,8 @@ fn a_file_system_without_space_is_a_full_store_until_there_is_space() {
     });
 }
 
-/// A full disk must end the opening of a store with an error, not leave its owner waiting; and lose
-/// nothing.
+/// A full disk must end the opening of a store with an error, not leave its owner waiting, and must
+/// lose nothing.
 #[test]
 pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
     let (mut refused, mut opened) = (0, 0);
@@ -258,14 +256,14 @@ pub(super) fn a_full_disk_ends_an_opening_with_an_error() {
     assert!(refused > 0 && opened > 0, "{refused} refused, {opened} opened");
 }
 
-/// More pages than there is room for: compaction never rests.
+/// With more pages than there is room for, compaction never rests.
 pub(super) fn full_store(seed: u64) -> Plan {
     let mut rng = Rng::new(seed);
     let options = workload::options(&mut rng);
     let shards = (1 + seed % 4).min(options.geometry.vshards_count.into()) as u16;
     let extents = rng.within(13, 15) * u64::from(shards);
     let options = Options { data_bytes_max: extents * options.geometry.extent_bytes, ..options };
-    // More pages than there is room for, over all shards: it is full with any number of them.
+    // More pages than there is room for over all shards: the store is full with any number of them.
     let blocks = extents * options.geometry.extent_bytes / BLOCK as u64;
     let universe = (0..blocks).map(|n| key((n % 8) * 512 + n / 8)).collect();
     let profile = Profile { universe, ..Profile::random(&mut rng) };
@@ -278,7 +276,7 @@ pub(super) fn full_store(seed: u64) -> Plan {
     }
 }
 
-/// Random work with little space: the check is that of all runs.
+/// Random work with little space; the checks are those of all runs.
 #[test]
 fn crashes_of_full_stores_lose_nothing() {
     let total = super::tests::run_all("crashes_of_full_stores_lose_nothing", 25, full_store);
@@ -317,8 +315,8 @@ fn overwriting_a_store_ten_times_does_not_grow_it() {
     });
 }
 
-/// The same under load, when a checkpoint is nearly always under way: garbage must not be paid
-/// for with new.
+/// The same under load, when a checkpoint is nearly always in progress: reclaiming garbage must not
+/// make as much new garbage.
 #[test]
 fn sustained_overwrites_keep_most_of_the_space_live() {
     const PAGES: u64 = 1_500;
@@ -349,7 +347,8 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
         let stats = sim.stats_now()?;
         let blocks = stats.extents_total * data_blocks;
         println!("seed {seed}: {PAGES} pages in {} extents, {blocks} blocks", stats.extents_total);
-        // 70 %, less what each shard keeps in reserve, grows by at a time, and lets be.
+        // 70 %, less the extents that each shard keeps in reserve, grows by at a time, and leaves
+        // alone.
         let let_be = u64::from(shards) * log_bytes / BLOCK as u64;
         let reserved = u64::from(shards) * (8 + 8) * data_blocks;
         if (PAGES + reserved) * 100 < (blocks - let_be) * 60 {
@@ -362,7 +361,7 @@ fn sustained_overwrites_keep_most_of_the_space_live() {
     });
 }
 
-/// Nobody pays for a store that is not used.
+/// A store that is not used must cost nothing.
 #[test]
 fn an_idle_store_asks_for_no_turns() {
     for_seeds(30, |seed| {
@@ -380,7 +379,7 @@ fn an_idle_store_asks_for_no_turns() {
     });
 }
 
-/// A store that loses a little space with every crash is full one day, whatever is freed.
+/// A store that loses a little space with every crash is full some day, whatever is freed.
 #[test]
 fn crashes_do_not_leak_space() {
     const PAGES: u64 = 200;
@@ -412,7 +411,8 @@ fn crashes_do_not_leak_space() {
         println!(
             "seed {seed}: extents, free ones and live blocks after ten crashes each {sizes:?}"
         );
-        // By the eighth any number of shards has been there, each with a reserve of its own.
+        // By the eighth crash every number of shards has been used, each shard with a reserve of
+        // its own.
         let (eighth, last) = (sizes[7], sizes[11]);
         if last.2 > PAGES + 60 || last.0 > eighth.0 + eighth.0 / 4 {
             return Err(format!("space was lost: {sizes:?}"));

@@ -1,10 +1,10 @@
-//! One shard's driver in the simulator: hands over arrivals, all or a part, in an order that the
-//! seed says, and carries out the effects.
+//! One shard's driver in the simulator: it hands over arrivals, all or a part, in an order that the
+//! seed determines, and carries out the effects.
 //!
 //! Invariants
-//! 1. Arrivals of one kind are handed over in their order; the seed says which kinds and senders
-//!    come first.
-//! 2. After the power is off nothing more is carried out.
+//! 1. Arrivals of one kind are handed over in their order; the seed determines which kinds and
+//!    senders come first.
+//! 2. Once the power is off, nothing more is carried out.
 //!
 //! It does *not* choose which shard turns, or when: see `cluster`.
 
@@ -19,14 +19,14 @@ use crate::io::{Completion, OpId};
 use crate::testing::random::Rng;
 use std::ops::ControlFlow;
 
-/// Which bits of an operation's number at the disk say whose it is.
+/// The bits of an operation's number at the disk that hold its shard.
 pub(super) const SHARD_SHIFT: u32 = 48;
 
-/// Why effects of a turn are not carried out.
+/// The reason why effects of a turn are not carried out.
 pub(super) enum Stop {
     /// The power is off, or the shard has broken a rule of the disk seam.
     DiskEnded,
-    /// What is wrong with the shard.
+    /// The rule that the shard has broken.
     Wrong(String),
 }
 
@@ -36,14 +36,14 @@ pub(super) struct Node {
     pub(super) completions: Vec<(Micros, Completion)>,
     /// When its last turn ends.
     pub(super) free_at: Micros,
-    /// When it turns even if nothing arrives: at the beginning, and when the watermark has reached
-    /// what it waits for.
+    /// When the shard turns even if nothing arrives: at the beginning, and when the watermark has
+    /// reached what it waits for.
     pub(super) woken_at: Option<Micros>,
-    /// A commit waited for memory after its last turn.
+    /// Whether a commit waited for memory after its last turn.
     pub(super) was_short: bool,
     /// Segments of its log after its last turn.
     pub(super) log_segments: u64,
-    /// Its checkpoint waits for memory; the number of checkpoints that had ended before.
+    /// While its checkpoint waits for memory, the number of checkpoints that had ended before.
     pub(super) starved_after: Option<u64>,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct NodeHost<'a> {
 impl Host<Shard> for NodeHost<'_> {
     type Stop = Stop;
 
-    /// Hands arrivals to the shard, or a part of them; whether there were any.
+    /// Hands arrivals to the shard, or a part of them; returns whether there were any.
     fn deliver(&mut self, shard: &mut Shard) -> bool {
         let mut any = false;
         let mut kinds = [0, 1, 2];
@@ -149,7 +149,7 @@ impl NodeHost<'_> {
     }
 
     fn deliver_completions(&mut self, shard: &mut Shard) -> bool {
-        // In the order in which they can be seen, which is not that in which they ended.
+        // In the order in which they become visible, which is not that in which they ended.
         self.node.completions.sort_by_key(|&(at, _)| at);
         let arrived = self.node.completions.partition_point(|&(at, _)| at <= self.now);
         let count = self.timing.take(self.rng, arrived);

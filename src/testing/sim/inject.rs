@@ -8,7 +8,7 @@
 //!    Only damage above every watermark that the logs still record may cost commits: it can't be
 //!    told from the torn end of a log. No wrong byte is ever served.
 //!
-//! It does *not* say what an error or damage leaves on the disk; see `disk`.
+//! It does *not* decide what an error or damage leaves on the disk; see `disk`.
 
 use super::cluster::Opened;
 use super::disk::{Area, Damage, ERRNOS, Fault, Loss, OpKind, SECTOR, SECTORS, SimDisk};
@@ -21,7 +21,7 @@ use crate::format::group::GroupHead;
 use crate::io::FileId;
 use crate::memory::Arena;
 
-/// Steps of a store that has stopped before its process ends.
+/// Steps that a stopped store takes before its process ends.
 const AFTER_FAILURE: u32 = 40;
 
 /// The outcome of opening and reading a damaged store.
@@ -49,7 +49,7 @@ impl SimRun {
         let fault = Fault {
             kind: *self.rng.pick(&kinds),
             area: *self.rng.pick(&areas),
-            // Often soon: of some kinds there are few.
+            // Often soon, since some kinds of operations are few.
             after: self.rng.below(after_max.max(1)) >> self.rng.below(7),
             forever: self.rng.one_in(3),
             errno: *self.rng.pick(&ERRNOS),
@@ -74,8 +74,8 @@ impl SimRun {
         self.publish_to_map()
     }
 
-    /// Damages a random sector or block of the image that a power loss now leaves, and opens that
-    /// image.
+    /// Damages a random sector or block of the image that a power loss would leave now, and opens
+    /// that image.
     pub(super) fn damage_something(&mut self, crashed: &SimDisk) -> Outcome {
         let loss =
             *self.rng.pick(&[Loss::Everything, Loss::Nothing, Loss::Sectors(50), Loss::Prefixes]);
@@ -106,8 +106,8 @@ impl SimRun {
         Ok(())
     }
 
-    /// Opens a damaged disk and reads everything; the run goes on with its own disk. The store must
-    /// be closed or dead.
+    /// Opens a damaged disk and reads everything; the run continues with its own disk. The store
+    /// must be closed or dead.
     pub(super) fn open_damaged(&mut self, image: SimDisk) -> Outcome<Damaged> {
         let recorded = recorded_watermark(&mut image.clone());
         let disk = std::mem::replace(&mut self.disk, image);
@@ -164,8 +164,8 @@ fn names_damage(error: &Error) -> Outcome {
     }
 }
 
-/// The highest watermark that the superblock and the heads in the logs record. Found in another way
-/// than by recovery, which is under test.
+/// The highest watermark that the superblock and the heads in the logs record. It is found in
+/// another way than by recovery, which is under test.
 fn recorded_watermark(disk: &mut SimDisk) -> Option<Lsn> {
     let mut arena = Arena::new(512).ok()?;
     let superblock = find_superblock(disk, &mut arena).ok()?.superblock;

@@ -1,8 +1,8 @@
-//! Two transactions at a time, each reading what the other one writes, on different shards: at most
-//! one may commit.
+//! Pairs of transactions, each reading what the other writes, on different shards: at most one of a
+//! pair may commit.
 //!
-//! The judge holds every commit of every run against its reads; here the interleavings that matter
-//! are made on purpose, and counted.
+//! The judge checks every commit of every run against its reads; these tests produce the
+//! interleavings that matter on purpose, and count them.
 
 use super::model::page_bytes;
 use super::run::{Outcome, Plan, SimRun};
@@ -14,12 +14,12 @@ use crate::base::{Lsn, PageId, PageKey, VolumeId};
 use crate::engine::{Change, Commit, Request, Response};
 use crate::testing::random::Rng;
 
-/// How the pairs ended.
+/// The number of pairs by how they ended.
 #[derive(Clone, Copy, Debug, Default)]
 struct Duels {
     /// The first one committed and the other did not, or the other way round.
     one: u64,
-    /// None committed: each met what the other one held.
+    /// None committed: each met what the other held.
     none: u64,
     /// Both committed, which a pair that does not exclude each other may.
     both: u64,
@@ -27,7 +27,7 @@ struct Duels {
     held: u64,
 }
 
-/// A store of several shards, if there can be such.
+/// A store of several shards, if the test may have several.
 fn wide(seed: u64) -> SimRun {
     let options = workload::options(&mut Rng::new(seed));
     let geometry = crate::base::options::Geometry { vshards_count: 8, ..options.geometry.clone() };
@@ -58,7 +58,8 @@ impl SimRun {
         Ok(seen)
     }
 
-    /// Two commits at a time, the second after up to a few turns; which of them committed.
+    /// Runs two commits at a time, the second after up to a few turns; returns which of them
+    /// committed.
     fn duel(&mut self, first: Commit, second: Commit, duels: &mut Duels) -> Outcome<[bool; 2]> {
         let before = self.oracle.counters();
         let mut tokens = Vec::new();
@@ -88,8 +89,7 @@ impl SimRun {
     }
 }
 
-/// Each reads X and Y, and writes the one of them: both committing would be an order that no serial
-/// run gives.
+/// Each reads X and Y, and writes one of them: if both commit, no serial order explains it.
 fn skew(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -107,8 +107,8 @@ fn skew(seed: u64, duels: &mut Duels) -> Outcome {
     sim.reopen(super::disk::Loss::Everything)
 }
 
-/// The one reads a range of which nothing is there, over all shards, and writes a mark; the other
-/// reads the mark and writes into the range.
+/// One reads an absent range, over all shards, and writes a mark; the other reads the mark and
+/// writes into the range.
 fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -137,8 +137,8 @@ fn phantom(seed: u64, duels: &mut Duels) -> Outcome {
     sim.reopen(super::disk::Loss::Everything)
 }
 
-/// Both only write, the same pages: one after the other, without a conflict, and every shard in the
-/// same order.
+/// Both only write, and write the same pages: they commit one after the other, without a conflict,
+/// and in the same order at every shard.
 fn blind(seed: u64, duels: &mut Duels) -> Outcome {
     let mut sim = wide(seed);
     sim.begin()?;
@@ -174,8 +174,8 @@ fn all(seeds: u64, test: fn(u64, &mut Duels) -> Outcome) -> Duels {
     duels
 }
 
-/// If this fails, an invariant over two pages that every transaction keeps is broken by two of them
-/// together.
+/// If this fails, two transactions together break an invariant over two pages that each of them
+/// keeps.
 #[test]
 fn write_skew_is_a_conflict() {
     let duels = all(40, skew);
@@ -186,7 +186,7 @@ fn write_skew_is_a_conflict() {
     );
 }
 
-/// If this fails, "there is no such page" is no answer that one can act on.
+/// If this fails, a caller can't rely on the answer that a page is absent.
 #[test]
 fn a_page_inserted_where_none_was_read_is_a_conflict() {
     let duels = all(40, phantom);
@@ -194,7 +194,7 @@ fn a_page_inserted_where_none_was_read_is_a_conflict() {
     assert!(SHARDS_MAX == 1 || duels.held > 10, "holds were never met: {duels:?}");
 }
 
-/// If this fails, writers that read nothing are told to retry, or leave pages of two commits mixed.
+/// If this fails, writers that read nothing get conflicts, or leave pages of two commits mixed.
 #[test]
 fn commits_that_only_write_never_conflict_and_are_in_one_order_everywhere() {
     let duels = all(40, blind);

@@ -1,12 +1,12 @@
-//! Reads that take long: their completions are kept back while the store goes on, and what they
-//! have outlasted is counted.
+//! Makes reads slow: keeps back their completions while the store continues, and counts what they
+//! have outlasted.
 //!
 //! Invariants
-//! 1. A read that is kept back was carried out by the disk when it was due; only its end is told
-//!    late, as by a device that was busy elsewhere. So the bytes are old by then.
-//! 2. It is told after a drawn number of turns, or as soon as nothing else will happen, or after
-//!    [`HELD_US_MAX`], while the store can do nothing else even sooner: a request that waits for it
-//!    alone waits for bounded time.
+//! 1. The disk carries out a read that is kept back when it is due; only its completion comes late,
+//!    as from a device that was busy elsewhere. So the bytes are old by then.
+//! 2. It is delivered after a random number of turns, or as soon as nothing else will happen, or
+//!    after [`HELD_US_MAX`], and even sooner while the store can do nothing else: a request that
+//!    waits only for this read waits for a bounded time.
 //! 3. Chance comes from a stream of its own: a run without held reads is the same as if this file
 //!    did not exist.
 //!
@@ -20,15 +20,15 @@ use crate::io::{Completion, DiskOp, OpId};
 use crate::testing::random::Rng;
 use std::collections::BTreeMap;
 
-/// How long a read is kept back at most: some dozens in a row must not use up the patience of a
-/// run.
+/// The longest time for which a read is kept back: some dozens in a row must not use up the
+/// patience of a run.
 const HELD_US_MAX: Micros = 1_000_000;
 
-/// For how long, while the store can do nothing but wait: where memory is short reads come one
-/// after another, and what they would outlast does not happen.
+/// The same while the store can do nothing but wait: where memory is short, reads come one after
+/// another, and what they would outlast does not happen.
 const HELD_AT_REST_US_MAX: Micros = 20_000;
 
-/// Which reads are kept back, and for how long.
+/// Decides which reads are kept back, and for how long.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Holding {
     /// The percentage of page reads.
@@ -41,7 +41,7 @@ pub struct Holding {
     pub turns_max: u64,
 }
 
-/// The reads under way, and those whose ends are kept back.
+/// The reads in flight, and those whose completions are kept back.
 pub struct Late {
     holding: Holding,
     rng: Rng,
@@ -53,12 +53,12 @@ pub struct Late {
     pub rare: Rare,
 }
 
-/// A read, as it was submitted.
+/// A read, as submitted.
 struct Begun {
     load: Option<NodeLoad>,
     checkpoints: u64,
     blocks_read: u64,
-    /// It is kept back until that turn.
+    /// The turn until which it is kept back.
     until: Option<u64>,
     at: Micros,
 }
@@ -72,7 +72,7 @@ struct Kept {
 }
 
 impl Late {
-    /// Nothing is under way.
+    /// Nothing is in flight.
     pub fn new(holding: Holding, shards: usize, rng: Rng) -> Self {
         let blocks_read = vec![0; shards];
         Late {
@@ -85,7 +85,7 @@ impl Late {
         }
     }
 
-    /// A shard has submitted an operation, in turn number `turn`.
+    /// Records that a shard has submitted an operation, in turn number `turn`.
     pub fn submitted(
         &mut self,
         shard: &Shard,
@@ -103,8 +103,8 @@ impl Late {
         let percent = load
             .map_or(pages_percent, |load| if load.is_top { tops_percent } else { nodes_percent });
         let is_held = percent > 0 && self.rng.chance(percent);
-        // Often for short: most of what can happen meanwhile is soon done. What a top is to outlast
-        // takes a checkpoint and more.
+        // Often for a short time: most of what can happen meanwhile is soon done. What a top must
+        // outlast takes a checkpoint and more.
         let shifts = if load.is_some_and(|load| load.is_top) { 2 } else { 4 };
         let until =
             is_held.then(|| turn + (self.rng.within(1, turns_max) >> self.rng.below(shifts)));
@@ -119,7 +119,7 @@ impl Late {
         self.under_way.insert((index, id.0), begun);
     }
 
-    /// The end of an operation: kept back, or given on.
+    /// Keeps back the end of an operation, or passes it on.
     pub fn keep(&mut self, shard: usize, completion: Completion, turn: u64) -> Option<Completion> {
         let Some(begun) = self.under_way.get(&(shard, completion.id.0)) else {
             return Some(completion);
@@ -160,13 +160,13 @@ impl Late {
         !self.kept.is_empty()
     }
 
-    /// When one of them is told at the latest.
+    /// The latest time at which one of them is delivered.
     pub fn next_due(&self, at_rest: bool) -> Option<Micros> {
         let held_max = if at_rest { HELD_AT_REST_US_MAX } else { HELD_US_MAX };
         self.kept.iter().map(|kept| kept.at + held_max).min()
     }
 
-    /// An operation's end is about to be told: counts what it has outlasted.
+    /// Called when an operation's end is about to be delivered: counts what it has outlasted.
     pub fn arrives(&mut self, shard: &Shard, index: usize, id: OpId) {
         let Some(begun) = self.under_way.remove(&(index, id.0)) else { return };
         let after_checkpoint = shard.checkpoints_ended() > begun.checkpoints;

@@ -1,4 +1,5 @@
-//! What the store should hold: every page's versions by LSN, and contents that say what they are.
+//! The expected state of the store: every page's versions by LSN, and contents that identify
+//! themselves.
 //!
 //! Invariants
 //! 1. A page's versions are in the order of their LSNs; the first one stands for everything before.
@@ -28,7 +29,7 @@ pub fn patch_bytes(tag: u64, len: usize) -> Bytes {
     pattern::words(mix(!tag), len).into()
 }
 
-/// What the bytes of a page say that they are.
+/// Identifies the bytes of a page.
 pub fn describe(bytes: &[u8]) -> String {
     if bytes.iter().all(|&byte| byte == 0) {
         return "zeros".into();
@@ -60,22 +61,22 @@ pub fn describe_change((key, change): &(PageKey, Change)) -> String {
 /// A page from some LSN on.
 #[derive(Clone, Debug)]
 pub struct Version {
-    /// Of the commit.
+    /// The LSN of the commit.
     pub lsn: Lsn,
     /// `None` if it is absent.
     pub page: Option<Bytes>,
 }
 
 impl Version {
-    /// The LSN that a reader is told: zero for an absent page.
+    /// The LSN that a reader gets: zero for an absent page.
     pub fn told(&self) -> Lsn {
         if self.page.is_some() { self.lsn } else { Lsn::ZERO }
     }
 }
 
 impl Version {
-    /// Whether a reader who found no page is told of the commit that freed it, so that he can wait
-    /// for it; once that is durable there is nothing to wait for.
+    /// Whether a reader that found no page gets the LSN of the commit that freed it, so that it can
+    /// wait for it; once that is durable there is nothing to wait for.
     pub fn tells(&self, page: &PageRef, watermark: Lsn) -> bool {
         page.lsn() == self.lsn || (page.lsn() == Lsn::ZERO && self.lsn <= watermark)
     }
@@ -90,8 +91,8 @@ pub struct Model {
 }
 
 impl Model {
-    /// All versions of a page that matter from `lsn` on: the one that was current then, and the
-    /// later ones.
+    /// All versions of a page that matter from `lsn` on: the one that was current then, and later
+    /// ones.
     pub fn since(&self, key: PageKey, lsn: Lsn) -> &[Version] {
         let Some(versions) = self.pages.get(&key) else { return std::slice::from_ref(&ABSENT) };
         let current = versions.partition_point(|version| version.lsn <= lsn).saturating_sub(1);
@@ -103,7 +104,7 @@ impl Model {
         &self.since(key, lsn)[0]
     }
 
-    /// How many pages there are in the newest state.
+    /// The number of pages in the newest state.
     pub fn pages_present(&self) -> usize {
         self.pages
             .values()
@@ -118,8 +119,8 @@ impl Model {
             let last = versions.last().expect("there is always a first version");
             let page = match change {
                 Change::Put(bytes) => Some(bytes.clone()),
-                // That changes nothing: it is absent since it was freed first, and whoever has read
-                // it so is right.
+                // This changes nothing: the page is absent since it was first freed, and a
+                // transaction that has read it as absent is right.
                 Change::Free if last.page.is_none() => continue,
                 Change::Free => None,
                 Change::Patch { offset, bytes } => {
@@ -142,8 +143,8 @@ impl Model {
         for versions in self.pages.values_mut() {
             versions.truncate(versions.partition_point(|version| version.lsn <= recovered_lsn));
             versions.drain(..versions.len() - 1);
-            // An absent page has no history any more: whoever read it as absent is right, whenever
-            // it was.
+            // An absent page has no history any more: a transaction that read it as absent is
+            // right, whenever that was.
             if versions[0].page.is_none() {
                 versions[0].lsn = Lsn::ZERO;
             }
@@ -151,7 +152,7 @@ impl Model {
         self.pages.retain(|_, versions| versions[0].page.is_some());
     }
 
-    /// Which version of which page these bytes are, for messages.
+    /// Names the page and the version that these bytes are, for messages.
     pub fn whose(&self, bytes: &[u8]) -> String {
         for (key, versions) in &self.pages {
             if let Some(version) = versions.iter().find(|v| v.page.as_deref() == Some(bytes)) {

@@ -73,25 +73,25 @@ impl<M> Net<M> {
         queue.under_way.pop_front().expect("a message has arrived").1
     }
 
-    /// All that `from` has sent until now.
+    /// Everything that `from` has sent until now.
     pub fn mark(&self, from: usize) -> Mark {
         let sent = |queue: &Queue<M>| queue.delivered + queue.under_way.len() as u64;
         let queues = &self.queues[from * self.shards..(from + 1) * self.shards];
         Mark { from, sent: queues.iter().map(sent).collect() }
     }
 
-    /// Whether all that had been sent then is delivered.
+    /// Whether everything that had been sent then is delivered.
     pub fn reached(&self, mark: &Mark) -> bool {
         let queues = &self.queues[mark.from * self.shards..(mark.from + 1) * self.shards];
         queues.iter().zip(&mark.sent).all(|(queue, &sent)| queue.delivered >= sent)
     }
 
-    /// Messages under way.
+    /// Messages in flight.
     pub fn under_way(&self) -> usize {
         self.queues.iter().map(|queue| queue.under_way.len()).sum()
     }
 
-    /// Most messages that were ever under way between two shards.
+    /// The most messages that were ever in flight between two shards.
     pub fn most(&self) -> usize {
         self.most
     }
@@ -101,8 +101,8 @@ impl<M> Net<M> {
 mod tests {
     use super::*;
 
-    /// A run in which messages overtake each other would condemn a protocol that may rely on their
-    /// order.
+    /// If this fails, messages overtake each other, and runs condemn protocols that may rely on
+    /// their order.
     #[test]
     fn messages_of_a_pair_keep_their_order_and_marks_wait_for_all_of_them() {
         let mut net = Net::new(2);

@@ -1,4 +1,4 @@
-//! The judge must condemn: each lie that a store could tell, told to it.
+//! The judge must condemn: these tests tell it each lie that a store could tell.
 
 use super::model::page_bytes;
 use super::oracle::{Oracle, Tolerance};
@@ -23,7 +23,7 @@ fn lsn(n: u64) -> Lsn {
 }
 
 impl Court {
-    /// A judge who has seen P written by LSN 1 (durable) and by LSN 2 (buffered), with tags 1 and
+    /// A judge that has seen P written by LSN 1 (durable) and by LSN 2 (buffered), with tags 1 and
     /// 2.
     fn new() -> Self {
         let tolerance =
@@ -59,7 +59,7 @@ impl Court {
         Token(self.token)
     }
 
-    /// A commit over both shards, allocated: owned by that of P, or of R if `other`.
+    /// A commit over both shards that has its LSN; its owner is the shard of P, or of R if `other`.
     fn spread(&mut self, n: u64, other: bool) -> Token {
         let mut changes =
             vec![(P, Change::Put(page_bytes(P, n))), (R, Change::Put(page_bytes(R, n)))];
@@ -87,7 +87,7 @@ impl Court {
         PageRef::new(Some(frame.pin()), lsn(at))
     }
 
-    /// Whether it accepts this as what P reads as.
+    /// Whether it accepts this as the content of P.
     fn reads(&mut self, page: PageRef) -> bool {
         let token = self.ask(Request::Read(smallvec![P]));
         self.oracle.on_reply(token, &Ok(Response::Pages(smallvec![page]))).is_ok()
@@ -115,7 +115,7 @@ fn a_state_that_is_no_prefix_is_condemned() {
     assert!(!court.recovers(99, old), "recovered beyond everything that was allocated");
 }
 
-/// Plain reads may be of any version since they were asked for, and of no other.
+/// Plain reads may return any version that was current since they were requested, and no other.
 #[test]
 fn stale_foreign_and_mislabelled_reads_are_condemned() {
     let mut court = Court::new();
@@ -131,7 +131,7 @@ fn stale_foreign_and_mislabelled_reads_are_condemned() {
     court.oracle.on_reply(token, &Ok(Response::Pages(smallvec![between]))).unwrap();
 }
 
-/// Who reads a page as freed must be able to wait until that is durable.
+/// A client that reads a page as freed must be able to wait until that is durable.
 #[test]
 fn a_free_that_is_not_durable_and_not_told_is_condemned() {
     let mut court = Court::new();
@@ -175,7 +175,7 @@ fn wrong_commits_and_wrong_conflicts_are_condemned() {
     assert!(court.oracle.on_reply(token, &Ok(Response::Committed(lsn(1)))).is_err());
 }
 
-/// LSNs used twice, allocated twice, out of order, by nobody; after a crash too.
+/// LSNs used twice, allocated twice, out of order, or by no request; after a crash too.
 #[test]
 fn lsns_that_are_not_new_are_condemned() {
     let mut court = Court::new();
@@ -234,8 +234,8 @@ fn false_answers_are_condemned() {
     assert!(!court.recovers(2, lost) && BLOCK == 4096, "flushed, and gone");
 }
 
-/// A commit over several shards need not be seen before it is acknowledged; but at its owner, by
-/// those who have seen it already, and afterwards it must be.
+/// A commit over several shards need not be visible before it is acknowledged; but it must be at
+/// its owner, for readers that have already seen it, and afterwards.
 #[test]
 fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
     let mut court = Court::of_two();
@@ -259,7 +259,7 @@ fn what_is_seen_of_a_commit_over_shards_never_goes_back() {
     court.acknowledge(token, 3);
 }
 
-/// A hold is an excuse only while it can be there, for those whom it excludes.
+/// A hold excuses a conflict only while it can exist, and only for commits that it excludes.
 #[test]
 fn conflicts_are_excused_only_by_holds_that_can_be_met() {
     let transact = |court: &mut Court, reads| {
@@ -292,7 +292,7 @@ fn conflicts_are_excused_only_by_holds_that_can_be_met() {
     assert_eq!(court.oracle.counters().conflicts_held, 5);
 }
 
-/// Who looks at the watermark takes what is below it for durable.
+/// Readers of the watermark take everything below it for durable.
 #[test]
 fn a_watermark_is_a_promise() {
     let mut court = Court::new();

@@ -1,9 +1,9 @@
-//! Shards driven as by a parked thread, which turns them only when something has arrived or a
-//! deadline has come. For tests of what a shard waits for, and of what wakes it.
+//! Drives shards like a parked thread, which turns them only when something has arrived or a
+//! deadline has come: for tests of what a shard waits for, and of what wakes it.
 //!
 //! Invariants
-//! 1. A shard that is never woken is an error, and so is one whose deadline is due for nothing
-//!    twice in a row.
+//! 1. A shard that is never woken is an error, and so is one whose deadline is due twice in a row
+//!    without work.
 //! 2. Every eighth round audits all counters of the shards.
 //!
 //! It knows no crashes, and no chance but the disk's: see `run`.
@@ -20,11 +20,11 @@ use bytes::Bytes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Rounds without effect count as spinning if they are closer together than this, and more in a row
-/// than each shard needs to see that it has nothing to do.
+/// Rounds without effect count as spinning if they are closer together than this, and if there are
+/// more in a row than each shard needs to see that it has nothing to do.
 const SPIN_US: Micros = 1_000;
 const IDLE_ROUNDS_MAX: usize = 2;
-/// Nothing takes longer, in virtual time, on a device that works.
+/// The longest virtual time that anything takes on a device that works.
 pub(super) const PATIENCE_US: Micros = 60_000_000;
 /// A store whose shards all run on one thread, parked in between.
 pub(super) struct ParkedCluster {
@@ -35,7 +35,7 @@ pub(super) struct ParkedCluster {
     pub(super) now: Micros,
     token: u64,
     busy: bool,
-    /// When the last round was, if it had no effect.
+    /// When the last round took place, if it had no effect.
     idle_at: Option<Micros>,
     idle_rounds: usize,
     pub(super) rounds: u64,

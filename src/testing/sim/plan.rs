@@ -13,21 +13,22 @@ use crate::base::options::Options;
 /// The plan of a run.
 #[derive(Clone)]
 pub struct Plan {
-    /// The seed, from which all else follows.
+    /// The seed, from which everything else follows.
     pub seed: u64,
     /// Crashes and closes; after each the store is opened again.
     pub lives: u32,
-    /// Images of the disk that are recovered and checked for each crash; the last one goes on.
+    /// Images of the disk that are recovered and checked for each crash; the run continues with the
+    /// last.
     pub images: u32,
-    /// Events of the disk in a life, at most.
+    /// The most events of the disk in a life.
     pub events_max: u64,
     /// The percentage of recoveries that are cut short by a crash.
     pub recovery_crash_percent: u64,
     /// The percentage of lives, and of recoveries, with an error of the device.
     pub fault_percent: u64,
-    /// The percentage of crashes after which a damaged disk is opened, too.
+    /// The percentage of crashes after which a damaged disk is opened too.
     pub damage_percent: u64,
-    /// The percentage of seeds that are strained: by size, slow reads, pinned pages.
+    /// The percentage of seeds that are strained: by size, slow reads or pinned pages.
     pub strain_percent: u64,
     /// Instead of the seed's own.
     pub strain: Option<Strain>,
@@ -37,9 +38,9 @@ pub struct Plan {
     pub options: Option<Options>,
     /// Instead of the seed's own.
     pub profile: Option<Profile>,
-    /// What of the profile is left out.
+    /// The parts of the profile that are left out.
     pub smaller: Smaller,
-    /// How many shards; each open draws their number anew, of those that the store allows.
+    /// The numbers of shards from which each open draws one, as far as the store allows.
     pub shards: std::ops::RangeInclusive<u16>,
 }
 
@@ -52,7 +53,7 @@ pub struct RunStats {
     pub crashes_in_recovery: u64,
     /// Of those, crashes in the recovery after such a crash.
     pub crashes_in_second_recovery: u64,
-    /// Of those, crashes in the recovery after such two.
+    /// Of those, crashes in the recovery after two such crashes.
     pub crashes_in_third_recovery: u64,
     /// Openings that an error of the device has ended.
     pub failed_openings: u64,
@@ -83,13 +84,13 @@ pub struct RunStats {
 /// A run that failed.
 #[derive(Clone, Debug)]
 pub struct Failure {
-    /// Of the run.
+    /// The seed of the run.
     pub seed: u64,
-    /// In which life.
+    /// The life in which it failed.
     pub life: u32,
-    /// After how many requests.
+    /// The number of requests before.
     pub requests: u64,
-    /// What was wrong.
+    /// The reason.
     pub why: String,
 }
 
@@ -118,7 +119,7 @@ impl RunStats {
         self.oracle.add(&other.oracle);
         self.cluster.add(&other.cluster);
         self.add_stats(&other.shard);
-        // In any order: the threads of a campaign end in none.
+        // Order must not matter: the threads of a campaign end in any order.
         self.trace = self.trace.wrapping_add(other.trace);
     }
 

@@ -1,14 +1,14 @@
 //! The oracles of liveness and of memory: a shard that turns for nothing, or keeps more than it
-//! may, is broken, though every answer be right.
+//! may, is broken, even if every answer is right.
 //!
 //! Invariants
 //! 1. A turn for which nothing has arrived, and which does nothing, must leave a deadline that is
-//!    not due at once: else the core spins.
-//! 2. A shard keeps no page in its table but those that have memory, or a change on its way, or are
-//!    named by a request under way: else its heap grows with what clients ask for.
-//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so who
-//!    waits is bounded by what there is of those; an operation under way has memory of the arena.
-//!    The bytes of requests are held against their limit by the audit.
+//!    not due at once: otherwise the core spins.
+//! 2. A shard keeps only pages in its table that have memory, or a change on its way, or are named
+//!    by a request in progress: otherwise its heap grows with what clients request.
+//! 3. A page, a request or a move waits for one map node at a time, and a page for one read: so the
+//!    number of these bounds the waiters; an operation in flight has memory of the arena. The audit
+//!    checks the bytes of requests against their limit.
 //!
 //! It does *not* know what the shard waits for.
 
@@ -19,28 +19,27 @@ use crate::engine::observe::Counts;
 /// many may have nothing to write; and of a read that finds no memory one page or map node is given
 /// up a turn, of up to 64 and their leaves, before there is an answer.
 const FOR_NOTHING_MAX: u32 = 200;
-/// Pages that the table may hold for what is under way and is no request: moves, reads ahead, the
-/// redo.
+/// Pages that the table may hold for work that is no request: moves, reads ahead, the redo.
 const PAGES_SPARE: u64 = 256;
-/// Map nodes that compaction moves at a time, at most: those of the extents that are being
+/// The most map nodes that compaction moves at a time: those of the extents that are being
 /// compacted.
 const MOVES_SPARE: u64 = 4_096;
 
 /// The reason and the result of a turn.
 #[derive(Clone, Copy, Debug)]
 pub struct TurnOutcome {
-    /// Something had arrived.
+    /// Whether something had arrived.
     pub delivered: bool,
-    /// Something was emitted.
+    /// Whether something was emitted.
     pub emitted: bool,
-    /// The next turn is due at once, by the deadline or the watermark.
+    /// Whether the next turn is due at once, by the deadline or the watermark.
     pub again_at_once: bool,
 }
 
-/// How many turns in a row each shard has turned for nothing.
+/// For each shard, its turns for nothing in a row.
 pub struct Progress {
     for_nothing: Vec<u32>,
-    /// Turns for nothing in all.
+    /// The total of turns for nothing.
     pub total: u64,
 }
 
@@ -50,7 +49,7 @@ impl Progress {
         Progress { for_nothing: vec![0; shards], total: 0 }
     }
 
-    /// A shard has turned; whether it spins.
+    /// Counts a turn of a shard, and checks that it doesn't spin.
     ///
     /// # Errors
     /// If it spins.
@@ -71,7 +70,7 @@ impl Progress {
 /// Checks that a shard keeps no more than it may.
 ///
 /// # Errors
-/// What it keeps too much of.
+/// What the shard keeps too much of.
 pub fn check_budget(counts: &Counts) -> Result<(), String> {
     let Counts { frames, pages, requests, requests_pages, versions, .. } = *counts;
     let bounds = [

@@ -1,4 +1,4 @@
-//! Races that chance seldom runs: work made so that it runs them all the time.
+//! Races that chance seldom produces: these tests produce them all the time.
 
 use super::disk::{Latency, Loss};
 use super::model::page_bytes;
@@ -13,7 +13,7 @@ fn key(n: u64) -> PageKey {
     PageKey::new(VolumeId::new(1), PageId::new(n))
 }
 
-/// Asks for nothing but these.
+/// The weights for a profile with only these requests.
 fn only(prepares: &[(PrepareRequest, u32)]) -> Vec<u32> {
     let mut weights = vec![0; workload::ASKS.len()];
     for &(ask, weight) in prepares {
@@ -60,7 +60,7 @@ pub(super) fn overtaken_moves(seed: u64) -> Outcome<u64> {
     Ok(moved)
 }
 
-/// A slow move would bring the version back that a commit has replaced meanwhile.
+/// If this fails, a slow move brings back the version that a commit has replaced meanwhile.
 #[test]
 fn a_page_that_is_overwritten_while_it_moves_keeps_its_new_version() {
     for seed in 1..=2 {
@@ -70,8 +70,8 @@ fn a_page_that_is_overwritten_while_it_moves_keeps_its_new_version() {
     }
 }
 
-/// Trees that grow while their only leaf is read: the new top is written and leaves memory before
-/// the leaf is there. Then pages of the leaf are changed. Returns how many nodes came too late.
+/// Grows trees while their only leaf is read: the new top is written and leaves memory before the
+/// leaf arrives. Then pages of the leaf are changed. Returns how many nodes came too late.
 pub(super) fn growth_under_reads(seed: u64) -> Outcome<u64> {
     const ROUNDS: u64 = 4;
     const OTHERS: u64 = 1_300;
@@ -154,8 +154,8 @@ impl SimRun {
     }
 }
 
-/// A leaf that is taken for the top of its tree though the tree has grown overwrites the root: all
-/// that the tree above it names is lost, whether it was checkpointed or not.
+/// If this fails, a leaf that is taken for the top of its tree although the tree has grown
+/// overwrites the root: everything that the tree above it names is lost, checkpointed or not.
 #[test]
 fn a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages() {
     for seed in 1..=3 {
@@ -165,9 +165,9 @@ fn a_tree_that_grows_while_its_top_is_read_keeps_all_its_pages() {
     }
 }
 
-/// Logs that are long beside memory and name many map nodes: shards of a recovery need checkpoints
-/// in the middle of their redo, each at another place in its own, and pages that were patched
-/// before are named as written in place by later groups.
+/// Logs that are long compared to memory and name many map nodes: shards need checkpoints in the
+/// middle of their redo, each at another place in its log, and later groups name pages that were
+/// patched before as written in place.
 pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     let mut rng = Rng::new(seed);
     let mut options = workload::options(&mut rng);
@@ -187,8 +187,8 @@ pub(super) fn checkpoints_in_redo(seed: u64) -> Plan {
     Plan { options: Some(options), profile: Some(profile), ..plan }
 }
 
-/// The same, and most recoveries are crashed into: what a checkpoint in the middle of one has
-/// recorded must hold afterwards, also of what a dead process had written and nobody had flushed.
+/// The same with crashes in most recoveries: what a checkpoint in the middle of a redo has recorded
+/// must hold afterwards, even for bytes that a dead process wrote and never flushed.
 pub(super) fn crashes_in_redo(seed: u64) -> Plan {
     Plan {
         recovery_crash_percent: 85,
