@@ -1,7 +1,8 @@
 //! One store, its clients, its disk and its crashes, on one thread and by one seed.
 //!
-//! A run is a sequence of lives: open (crashing in it, maybe), hold every page against the model,
-//! work until the power fails or the store is closed, make what is left of the disk, and so on.
+//! A run is a sequence of lives: it opens the store (perhaps with crashes), checks every page
+//! against the model, works until the power fails or the store is closed, makes the disk that is
+//! left, and so on.
 //!
 //! Invariants
 //! 1. Everything that happens follows from the plan; the same plan gives the same trace.
@@ -38,7 +39,7 @@ const RECOVERY_CRASHES_MAX: u32 = 3;
 /// Steps without an event of the disk, after which the run requests a checkpoint.
 const QUIET_STEPS_MAX: u32 = 10_000;
 
-/// A commit may take at least one in `COMMIT_SHARE_MIN` frames of a shard, whatever else is kept
+/// A commit may always take one in `COMMIT_SHARE_MIN` frames of a shard, whatever else is kept
 /// there.
 const COMMIT_SHARE_MIN: u64 = 4;
 
@@ -60,7 +61,7 @@ pub struct SimRun {
     pub(super) held: Vec<HeldPage>,
     /// Pages of ended stores that clients still have pinned.
     pub(super) outlived: Vec<HeldPage>,
-    /// Clients under strain are unpinning their pages.
+    /// Whether clients under strain are unpinning their pages.
     pub(super) giving_back: bool,
     pub(super) strain: Strain,
     /// Reads that turn the memory of a large store over, and come before all other requests.
@@ -70,7 +71,7 @@ pub struct SimRun {
     /// The random source of strain.
     pub(super) chance: Rng,
     pub(super) next_token: u64,
-    /// Answers that a test waits for.
+    /// The answers that a test waits for.
     pub(super) watched: BTreeMap<Token, Option<StoreResult<Response>>>,
     recovery_events: u64,
     life: u32,
@@ -97,7 +98,7 @@ pub fn run(plan: &Plan) -> std::result::Result<RunStats, Failure> {
     let why = why + &sim.strain.describe(&sim.options);
     let failure =
         Failure { seed: plan.seed, life: sim.life, requests: sim.run_stats.requests, why };
-    // What a panic left half done is not to be touched by destructors that assert.
+    // Destructors that assert must not touch what a panic has left half done.
     std::mem::forget(sim);
     Err(failure)
 }
@@ -175,7 +176,8 @@ impl SimRun {
         Ok(())
     }
 
-    /// Opens what is on the disk, through up to three crashes in recovery and errors of the device.
+    /// Opens the store on the disk, through up to three crashes in recovery and errors of the
+    /// device.
     pub(super) fn open(&mut self) -> Outcome<Opened> {
         for depth in 0.. {
             let at = self.disk.events();
@@ -193,7 +195,7 @@ impl SimRun {
                 self.run_stats.crashes_in_second_recovery += u64::from(depth > 0);
                 self.run_stats.crashes_in_third_recovery += u64::from(depth > 1);
             } else if fails && self.disk.counters().faults() > 0 {
-                // Whatever it says: recovery must cope with what it has left.
+                // Whatever the answer is: recovery must cope with what it has left.
                 self.run_stats.failed_openings += 1;
                 opened?.map_or_else(|error| is_of_the_device(&error), |_| Ok(()))?;
             } else {
@@ -203,11 +205,11 @@ impl SimRun {
                 }
                 let (cluster, mut opened) =
                     opened?.map_err(|error| format!("recovery: {error}"))?;
-                // A recovery that was crashed into may have begun to use the store again.
+                // A recovery that crashed may have begun to use the store again.
                 opened.clean |= depth > 0;
                 self.disk.keep_power();
-                // Crashes come at any event of a recovery, mostly; some come to nothing, so that
-                // the end is reached.
+                // Crashes come at almost any event of a recovery; some don't happen, so that the
+                // end is reached.
                 self.recovery_events = (self.disk.events() - at + 2).max(8);
                 self.begin_life(cluster);
                 self.count_recovery(opened);
@@ -221,13 +223,13 @@ impl SimRun {
         unreachable!("the loop ends with the last recovery")
     }
 
-    /// Opens what is on the disk with any number of shards.
+    /// Opens the store on the disk with any number of shards.
     fn open_once(&mut self) -> Outcome<StoreResult<(Cluster, Opened)>> {
         let most = self.options.geometry.vshards_count as u16;
         let (least, most) =
             (most.min(*self.plan.shards.start()), most.min(*self.plan.shards.end()));
         let any = self.rng.within(least.into(), most.into()) as u16;
-        // More memory than one shard's is a store that is no larger than its memory, soon.
+        // With more memory than one shard's, the store would soon be no larger than its memory.
         let shards = if self.is_large() && self.chance.chance(60) { least } else { any };
         // Each shard needs memory of its own.
         let options = Options {
@@ -247,7 +249,7 @@ impl SimRun {
         Ok(cluster.finish_opening()?.map(|()| (cluster, opened)))
     }
 
-    /// Opens what is on the disk, once; returns the error if it can't be opened.
+    /// Opens the store on the disk, once; returns the error if it can't be opened.
     pub(super) fn try_open(&mut self) -> Outcome<StoreResult<Opened>> {
         let opened = self.open_once()?;
         self.check_disk()?;
@@ -257,7 +259,7 @@ impl SimRun {
         }))
     }
 
-    /// Crashes, and goes on with the disk that is left.
+    /// Crashes, and continues with the disk that is left.
     pub(super) fn crash(&mut self, loss: Loss) -> Outcome {
         self.let_go_at_end()?;
         self.oracle.on_crash();
@@ -356,8 +358,8 @@ impl SimRun {
         Ok(())
     }
 
-    /// Some steps, until the disk is used. A store that does not use it (it may refuse everything
-    /// as full) is asked for a checkpoint.
+    /// Takes some steps, until the disk is used. Requests a checkpoint from a store that does not
+    /// use it (it may refuse everything as full).
     fn busy_steps(&mut self) -> Outcome {
         let before = self.disk.events();
         for _ in 0..QUIET_STEPS_MAX {
@@ -373,7 +375,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Closes the store, with requests under way.
+    /// Closes the store, with requests in progress.
     pub(super) fn close(&mut self) -> Outcome {
         self.ask(Request::Close);
         if self.rng.one_in(2) {
@@ -400,7 +402,7 @@ impl SimRun {
         ))
     }
 
-    /// Makes images of the disk after the crash, several if planned, and goes on with the last.
+    /// Makes images of the disk after the crash, several if planned, and continues with the last.
     fn end(&mut self) -> Outcome {
         self.let_go_at_end()?;
         self.oracle.on_crash();
@@ -456,7 +458,7 @@ impl SimRun {
     pub(super) fn check(&mut self, opened: Opened) -> Outcome<Lsn> {
         let (looked_at, all) = self.pick_checked();
         let mut there = BTreeSet::new();
-        // Not all at once: there may be less memory than pages.
+        // Not all at once, since there may be less memory than pages.
         for keys in looked_at.chunks(100) {
             let pages = self.read_now(keys)?;
             self.oracle.judge_state(opened.recovered_lsn, opened.clean, &pages)?;
@@ -465,7 +467,8 @@ impl SimRun {
         let universe: BTreeSet<PageKey> = looked_at.iter().copied().collect();
         let volumes: BTreeSet<VolumeId> = universe.iter().map(|key| key.volume).collect();
         for volume in volumes.into_iter().filter(|_| all) {
-            // Small parts where there is little: each of them begins at the top of the trees.
+            // In small parts where there is little memory: each part begins at the top of the
+            // trees.
             let part = if self.is_large() { 64 } else { 1 };
             let ranges_max = (1 + self.rng.below(8) as usize) * part;
             let mut told = self.allocated_now(volume, ranges_max)?;

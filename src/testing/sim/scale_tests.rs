@@ -1,7 +1,7 @@
-//! Stores far larger than their memory, with deep trees, slow reads and pages held on to.
+//! Stores far larger than their memory, with deep trees, slow reads and pages that clients hold.
 //!
-//! `COREPAGE_SEEDS=n` runs n seeds, as for the ordinary runs, of which a part is strained in
-//! the same way.
+//! `COREPAGE_SEEDS=n` runs n seeds, as for the ordinary runs, a part of which is strained in the
+//! same way.
 
 use super::run::{Plan, run};
 use super::strain::{self, Layout, Strain};
@@ -10,8 +10,7 @@ use crate::base::BLOCK;
 use crate::testing::random::Rng;
 
 /// A durable page that a slow read makes unreachable is lost as surely as one that was never
-/// written; a store that stands still because it has no memory, or turns for nothing, is of no use to
-/// anybody.
+/// written; a store that stands still because it has no memory, or turns for nothing, is of no use.
 #[test]
 fn strained_stores_survive_every_crash() {
     let total = run_all("strained_stores_survive_every_crash", 12, strained);
@@ -29,7 +28,7 @@ fn strained_stores_survive_every_crash() {
     }
 }
 
-/// Strained seeds that have found a bug, with nine images of each crash. They hold down, in this
+/// Strained seeds that have found a bug, with nine images of each crash. They pin down, in this
 /// order: a commit that evicted the map nodes which had just been read for it, and read them again
 /// without end ("no answer for 60 s" after 4.7 million evictions); and reads that waited one behind
 /// the other, each for as long as anybody waits for memory at most, with nothing under way; nodes
@@ -38,7 +37,7 @@ fn strained_stores_survive_every_crash() {
 /// another.
 const TELLING_STRAINED: [u64; 7] = [1013, 200_186, 300_087, 300_732, 400_072, 501_622, 502_136];
 
-/// If this fails, a client whose pages are far apart waits for a minute or for ever where readers
+/// If this fails, a client whose pages are far apart waits for a minute or for ever while readers
 /// hold most of the memory.
 #[test]
 fn telling_strained_seeds_find_nothing() {
@@ -48,7 +47,7 @@ fn telling_strained_seeds_find_nothing() {
     }
 }
 
-/// Frames of a shard with the least memory that is legal.
+/// Frames of a shard with the least valid memory.
 const FRAMES_LEAST: u64 = strain::MEMORY_LEAST / BLOCK as u64;
 
 /// A strained store of one shard, with `times` pages for each frame of its memory.
@@ -64,15 +63,15 @@ fn of_memories(seed: u64, times: u64) -> Plan {
     }
 }
 
-/// If this fails, a store much larger than its memory loses pages, or stands still.
+/// If this fails, a store much larger than its memory loses pages, or makes no progress.
 #[test]
 fn a_store_of_a_hundred_memories_survives_crashes() {
     let run_stats = run(&of_memories(7, 100)).unwrap_or_else(|failure| panic!("{failure}"));
     assert!(run_stats.rare.lives_of_hundred_memories > 0, "{run_stats:#?}");
 }
 
-/// The same, at a size that no run by default can have: it takes minutes, and some gigabytes.
-/// `COREPAGE_SEEDS` says how many.
+/// The same at a size that no default run can have: it takes minutes, and some gigabytes.
+/// `COREPAGE_SEEDS` sets the number of seeds.
 #[test]
 #[ignore = "takes minutes: cargo test --lib thousand_memories -- --ignored"]
 fn stores_of_a_thousand_memories_survive_crashes() {

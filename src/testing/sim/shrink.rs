@@ -1,21 +1,22 @@
-//! Makes a failing run smaller: fewer lives, pages, shards and kinds of requests, until nothing can
-//! go without its passing.
+//! Makes a failing run smaller: fewer lives, pages, shards and kinds of requests, until anything
+//! less makes it pass.
 //!
 //! Invariants
-//! 1. Each step is kept only if some run of the smaller plan fails; with a smaller plan chance
-//!    falls otherwise, so a few seeds are tried. It need not be the same failure: a smaller one is
-//!    as welcome.
-//! 2. A plan as text and back is the same plan: what is printed is what is repeated.
+//! 1. Each step is kept only if some run of the smaller plan fails; chance falls differently with a
+//!    smaller plan, so a few seeds are tried. It need not be the same failure: a smaller one is
+//!    just as welcome.
+//! 2. A plan that is written as text and read back is the same plan: what is printed can be
+//!    repeated.
 
 use super::plan::{Failure, Plan};
 use super::run::run;
 use super::workload::{ASKS, Smaller};
 
-/// Seeds that are tried with a smaller plan.
+/// The number of seeds that are tried with a smaller plan.
 const SEEDS: u64 = 12;
 
 impl Plan {
-    /// The plan in words, for [`Plan::read`]; without its seed, canary, options and profile.
+    /// The plan as text, for [`Plan::read`], without its seed, canary, options and profile.
     pub fn describe(&self) -> String {
         let Plan {
             lives,
@@ -75,7 +76,7 @@ impl Plan {
         })
     }
 
-    /// Plans that ask for a little less, the boldest first.
+    /// Plans that are a little smaller, the boldest first.
     fn smaller_ones(&self) -> Vec<Plan> {
         let mut plans = Vec::new();
         let mut propose = |plan: Plan| {
@@ -128,7 +129,7 @@ impl Plan {
 /// The smallest plan found that fails, and how.
 pub fn shrink(plan: &Plan, failure: Failure) -> (Plan, Failure) {
     let (mut plan, mut failure) = (plan.clone(), failure);
-    // What the failing run did not come to, it did not need.
+    // The failing run did not need what it never reached.
     plan.lives = plan.lives.min(failure.life + 1);
     'smaller: loop {
         for candidate in plan.smaller_ones() {

@@ -1,9 +1,9 @@
-//! All small workloads: every sequence of a few operations on two pages, of one shard and of two,
-//! crashed at every point.
+//! Runs all small workloads: every sequence of a few operations on two pages, of one shard and of
+//! two, crashed at every point.
 //!
-//! Random work finds what happens often; what needs three certain operations in a certain order is
-//! found by trying all. `COREPAGE_OPERATIONS=n` sets how many operations a sequence has at most: 2
-//! in every test run, 4 takes half an hour.
+//! Random work finds bugs that show often; trying all sequences finds those that need three
+//! particular operations in a particular order. `COREPAGE_OPERATIONS=n` sets the most operations in
+//! a sequence: 2 in every test run; 4 takes half an hour.
 
 use super::disk::Loss;
 use super::model::{page_bytes, patch_bytes};
@@ -16,19 +16,19 @@ use crate::base::{PageId, PageKey, ShardId, ShardMap, VolumeId};
 use crate::engine::{Change, Commit, Request};
 use crate::testing::random::Rng;
 
-/// What a sequence is made of.
+/// The operations of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
-    /// A durable whole page of the first shard, and of another one.
+    /// A durable write of a whole page of the first shard, and of another one.
     PutHere,
     PutThere,
-    /// Some durable bytes.
+    /// A durable patch of some bytes.
     PatchHere,
-    /// A whole page that is only ordered.
+    /// A buffered write of a whole page.
     BufferHere,
     /// A transaction that reads one page and changes both.
     Both,
-    /// Both pages are freed, durably.
+    /// A durable free of both pages.
     FreeBoth,
     Flush,
     Checkpoint,
@@ -77,7 +77,7 @@ impl Case {
     }
 }
 
-/// The smallest store, so that a state is recovered quickly.
+/// The smallest store, so that recovery is quick.
 pub(super) fn options() -> Options {
     let geometry = Geometry {
         extent_bytes: 64 << 10,
@@ -121,8 +121,8 @@ fn request(op: Op, n: u64, sim: &SimRun) -> Request {
     Request::Commit(Commit { reads, changes, durable: op != Op::BufferHere })
 }
 
-/// Goes on until everything is answered and the disk is at rest for now; looks at what a crash
-/// would leave at each step.
+/// Runs until everything is answered and the disk is at rest for now; at each step checks what a
+/// crash would leave.
 fn publish_to_map(sim: &mut SimRun, rng: &mut Rng) -> Outcome {
     let mut seen = sim.disk.events();
     while sim.oracle.outstanding() > 0 {
@@ -149,7 +149,7 @@ fn run(case: &Case) -> Outcome<RunStats> {
     };
     let mut sim = SimRun::new(plan);
     sim.begin()?;
-    // What is left is opened by any number.
+    // Any number of shards opens what is left.
     sim.plan.shards = 1..=3;
     for (n, op) in case.ops.iter().enumerate() {
         let request = request(*op, n as u64 + 1, &sim);
@@ -162,7 +162,7 @@ fn run(case: &Case) -> Outcome<RunStats> {
     Ok(sim.run_stats)
 }
 
-/// If this fails, there is a bug that the smallest of programs can meet.
+/// If this fails, there is a bug that the smallest program can meet.
 #[test]
 fn every_small_workload_survives_a_crash_at_every_point() {
     let most = number("COREPAGE_OPERATIONS").unwrap_or(2) as usize;

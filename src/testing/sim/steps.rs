@@ -19,10 +19,10 @@ use crate::engine::{Commit, PageRange, PageRef, Request, Response, Token};
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 
-/// With fewer pinned pages than one in `HELD_MANY` frames of a shard, no request may be refused for
-/// them.
+/// With fewer pinned pages than one in `HELD_MANY` frames of a shard, no request may be refused
+/// because of them.
 const HELD_MANY: u64 = 20;
-/// How long a request may take without errors of the device, if no shard is slow.
+/// The longest time that a request may take without errors of the device, if no shard is slow.
 const PATIENCE_US: Micros = 60_000_000;
 
 /// Groups pages by shard, in the order given.
@@ -47,7 +47,7 @@ impl SimRun {
             }
             let request = self.workload.request(ask, &self.oracle);
             self.ask(request);
-            // Several requests may be under way before anybody turns.
+            // Several requests may be in progress before any shard turns.
             if self.rng.one_in(3) && self.oracle.outstanding() < self.workload.profile.in_flight {
                 return Ok(());
             }
@@ -230,8 +230,8 @@ impl SimRun {
         Ok(())
     }
 
-    /// Sends a request that is not split, and waits for the answer, which the oracle checks like
-    /// all others.
+    /// Sends a request that is not split and waits for the answer, which the oracle checks like all
+    /// others.
     pub(super) fn call(&mut self, request: Request) -> Outcome<StoreResult<Response>> {
         let token = self.ask(request);
         self.watch(token);
@@ -284,7 +284,7 @@ impl SimRun {
         })
     }
 
-    /// Reads pages without the oracle, while nothing else is under way; in the order given.
+    /// Reads pages without the oracle, in the order given, while nothing else is in progress.
     pub(super) fn read_now(&mut self, keys: &[PageKey]) -> Outcome<Vec<(PageKey, PageRef)>> {
         let mut all = BTreeMap::new();
         for (_, keys) in by_shard(self.cluster().shard_map(), keys) {
@@ -298,7 +298,7 @@ impl SimRun {
         Ok(keys.iter().map(|key| (*key, all[key].clone())).collect())
     }
 
-    /// Reads pages of one shard in the same way; an error of the store is an answer.
+    /// Reads pages of one shard in the same way; an error of the store counts as an answer.
     pub(super) fn try_read_now(
         &mut self,
         keys: &[PageKey],
@@ -343,7 +343,7 @@ impl SimRun {
         Ok(all)
     }
 
-    /// Sends a request to a shard without the oracle, while nothing else is under way.
+    /// Sends a request to a shard without the oracle, while nothing else is in progress.
     fn ask_now(&mut self, shard: ShardId, request: Request) -> Outcome<StoreResult<Response>> {
         self.next_token += 1;
         let token = Token(self.next_token);

@@ -1,13 +1,12 @@
-//! Strain on a store: far more pages than memory, deep trees, slow reads, pinned pages, clients
-//! that go away.
+//! Puts strain on a store: far more pages than memory, deep trees, slow reads, pinned pages,
+//! clients that go away.
 //!
 //! Invariants
 //! 1. It has a random source of its own, so that a seed without strain is the run that it always
 //!    was.
-//! 2. A large store is filled before anything is judged by crashes; afterwards each crash is held
-//!    against the pages that were changed and a sample of the others, and against all of them now
-//!    and then.
-//! 3. Pages that clients have pinned are unpinned some time, and are then as they were.
+//! 2. A large store is filled before the first crash; afterwards the pages that were changed and a
+//!    sample of the others are checked after each crash, and now and then all of them.
+//! 3. Pages that clients have pinned are unpinned at some time, and are then as they were.
 //!
 //! It does *not* know faults of the device; see `inject`.
 
@@ -24,22 +23,23 @@ use crate::engine::PageRef;
 use crate::testing::random::Rng;
 use std::collections::BTreeSet;
 
-/// The smallest memory of a shard that is legal.
+/// The smallest valid memory of a shard.
 pub(super) const MEMORY_LEAST: u64 = 2 << 20;
 /// A large store lives `1 / LARGE_LIVES` as many lives, each `LARGE_EVENTS` times as long, so that its
 /// memory is turned over.
 pub(super) const LARGE_LIVES: u32 = 5;
 pub(super) const LARGE_EVENTS: u64 = 20;
-/// Images of each crash of a large store that are recovered, at most.
+/// The most images of each crash of a large store that are recovered.
 pub(super) const LARGE_IMAGES: u32 = 6;
-/// Of a hundred strained seeds, how many are made for what hardly ever happens by itself.
+/// The percentage of strained seeds that are made for events which hardly ever happen by
+/// themselves.
 const MADE_PERCENT: u64 = 30;
-/// As many small trees as there can be: each has a volume of its own.
+/// The most small trees that there can be: each has a volume of its own.
 const TREES_MAX: u64 = 245;
 /// Pages of a small tree, one for each level that it gets.
 const TREE_PAGES: [u64; 5] = [3, 70, 1 << 14, 1 << 22, 1 << 40];
 
-/// How the pages of a large store lie.
+/// The layout of the pages of a large store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// Side by side: much data, few map nodes.
@@ -50,36 +50,35 @@ pub enum Layout {
     Mixed,
     /// Side by side, with memory for most of them, and written in floods to a slow device.
     Roomy,
-    /// Many small trees that grow while their tops are read late, and pages enough to turn memory
+    /// Many small trees that grow while their tops are read late, and enough pages to turn memory
     /// over meanwhile.
     Growing,
-    /// Each in a leaf of its own, changed everywhere while clients hold as much as they can:
+    /// Each in a leaf of its own, and changed everywhere while clients hold as much as they can:
     /// checkpoints find no memory.
     Pinned,
 }
 
-/// What strains a run.
+/// The strain on a run.
 #[derive(Clone, Debug, Default)]
 pub struct Strain {
-    /// A large store, and how many pages it is to have.
+    /// A large store, and the number of its pages.
     pub large: Option<(Layout, u64)>,
-    /// Reads whose ends are told late.
+    /// Reads whose completions come late.
     pub holding: Holding,
     /// One in `.0` reads takes `.1` times as long; 0: none.
     pub slow_reads: (u64, u64),
-    /// Of a hundred frames, how many clients hold on to at most, besides the few that they always
-    /// do.
+    /// The largest percentage of frames that clients hold, besides the few that they always hold.
     pub pins_percent: u64,
     /// The percentage of answers that no client takes.
     pub drop_percent: u64,
-    /// Of a hundred ends of a store, how many leave pages in the hands of clients.
+    /// The percentage of ends of a store that leave pages in the hands of clients.
     pub keep_percent: u64,
 }
 
 /// A page that a client holds on to.
 pub struct HeldPage {
     page: PageRef,
-    /// As they were at first.
+    /// Its bytes as they were at first.
     bytes: Box<[u8]>,
     /// Checkpoints that had ended by then.
     checkpoints: u64,
@@ -119,8 +118,8 @@ impl Strain {
             ];
             let layout = *chance.pick(&layouts);
             match layout {
-                // A hundred times the least memory of a shard: rarely, since all of it takes long
-                // to look at.
+                // A hundred times the least memory of a shard, rarely, since a check of all of it
+                // takes long.
                 Layout::Dense if chance.chance(3) => (layout, chance.within(20_000, 64_000)),
                 // Ten times, and more.
                 Layout::Dense if chance.chance(80) => (layout, chance.within(6_600, 9_000)),
@@ -130,7 +129,7 @@ impl Strain {
         Strain { large, ..Strain::small(chance) }
     }
 
-    /// Strain under which that happens often which hardly ever does by itself.
+    /// Strain that makes events frequent which hardly ever happen by themselves.
     fn made_for_something(chance: &mut Rng) -> Strain {
         let strain = Strain::small(chance);
         if chance.one_in(2) {
@@ -155,7 +154,7 @@ impl Strain {
             turns_max: *chance.pick(&[50, 500, 4_000, 8_000]),
         };
         let slow_reads = *chance.pick(&[(0, 1), (20, 100), (4, 10), (100, 1_000)]);
-        // Where no read is slow, nobody may be overtaken by many.
+        // Where no read is slow, no request may be overtaken by many.
         let is_calm = chance.one_in(4);
         Strain {
             large: None,
@@ -167,7 +166,7 @@ impl Strain {
         }
     }
 
-    /// What it is, for the message about a run that failed; nothing without strain.
+    /// Describes the strain, for the message about a failed run; empty without strain.
     pub fn describe(&self, options: &Options) -> String {
         let Strain { large, holding, slow_reads, pins_percent, .. } = self;
         if self.is_none() {
@@ -265,7 +264,7 @@ fn universe(
     (pages, trees)
 }
 
-/// The stream from which strain takes its chance.
+/// The random stream of strain.
 pub(super) fn chance_of(seed: u64) -> Rng {
     Rng::new(mix(seed ^ 0x7374_7261_696e))
 }

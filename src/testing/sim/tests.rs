@@ -13,7 +13,7 @@ use super::workload::Smaller;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Without anything that breaks but by what the test itself does.
+/// A plan in which nothing breaks except by what the test itself does.
 pub(super) fn quiet(seed: u64) -> Plan {
     Plan {
         recovery_crash_percent: 0,
@@ -24,16 +24,16 @@ pub(super) fn quiet(seed: u64) -> Plan {
     }
 }
 
-/// Most shards of a store in these tests.
+/// The most shards of a store in these tests.
 pub(super) const SHARDS_MAX: u16 = 4;
 
-/// A strained seed, whatever share of the ordinary ones is.
+/// A strained seed, whatever share of the ordinary ones is strained.
 pub(super) fn strained(seed: u64) -> Plan {
     Plan { strain_percent: 100, ..plan(seed) }
 }
 
-/// Of a hundred seeds of the ordinary runs, how many are strained; `COREPAGE_STRAIN=n` says
-/// otherwise.
+/// The percentage of seeds of the ordinary runs that are strained; `COREPAGE_STRAIN=n` overrides
+/// it.
 const STRAINED_PERCENT: u64 = 10;
 
 pub(super) fn plan(seed: u64) -> Plan {
@@ -79,7 +79,7 @@ fn seeds(usual: u64) -> std::ops::RangeInclusive<u64> {
     }
 }
 
-/// Whether more than one seed is run, so that there are numbers that mean something.
+/// Whether more than one seed is run, so that the counts mean something.
 pub(super) fn many_seeds() -> bool {
     number("COREPAGE_SEED").is_none()
 }
@@ -177,7 +177,7 @@ fn must(test: &str, result: Result<RunStats, Failure>) -> RunStats {
         .unwrap_or_else(|failure| panic!("{failure}\nrepeat: {}", repeat(test, failure.seed, None)))
 }
 
-/// If this fails, a store loses or invents data in a crash: nothing else about it matters then.
+/// If this fails, a store loses or invents data in a crash: then nothing else about it matters.
 #[test]
 fn acknowledged_commits_survive_every_crash() {
     let total = run_all("acknowledged_commits_survive_every_crash", 110, plan);
@@ -206,7 +206,7 @@ fn telling(seed: u64) -> Plan {
     Plan { images: 9, strain_percent: 0, ..plan(seed) }
 }
 
-/// If this fails, a bug has come back that once took thousands of seeds to be found.
+/// If this fails, a bug has come back that once took thousands of seeds to find.
 #[test]
 fn telling_seeds_find_nothing() {
     for seed in TELLING_SEEDS {
@@ -230,7 +230,7 @@ fn same_seed_same_trace() {
     }
 }
 
-/// If this fails, whoever has to find a bug reads a thousand requests where three would do.
+/// If this fails, an engineer who hunts a bug reads a thousand requests where three would do.
 #[test]
 fn a_failing_run_shrinks_and_is_repeated_from_its_text() {
     let whole = (1..=5).map(|seed| Plan { canary: Some(Canary::PartNotValidated), ..plan(seed) });
@@ -262,8 +262,8 @@ fn a_failing_run_shrinks_and_is_repeated_from_its_text() {
     assert!(plan(1).read("1 2 3").is_none() && plan(1).read("nonsense").is_none());
 }
 
-/// Finds telling seeds: prints which seeds catch the planted bug `COREPAGE_CANARY`, of
-/// `COREPAGE_SEEDS` ones, with nine images of each crash. For when a change of the engine has moved
+/// Finds telling seeds: prints which of `COREPAGE_SEEDS` seeds catch the planted bug
+/// `COREPAGE_CANARY`, with nine images of each crash. Use it when a change of the engine has moved
 /// those in [`TELLING_SEEDS`].
 #[test]
 #[ignore = "a tool: it looks for seeds, and takes minutes"]
@@ -295,11 +295,11 @@ fn seeds_that_catch_a_planted_bug() {
     });
 }
 
-/// What became of a planted bug.
+/// The result of the search for a planted bug.
 struct Found {
     canary: Canary,
     fired: u64,
-    /// Which runs have caught it, and what they said.
+    /// The runs that have caught it, and their messages.
     caught: Option<(String, String)>,
     took: Duration,
 }
@@ -321,7 +321,7 @@ fn hunt(canary: Canary) -> Found {
         })
     };
     let ordinary = |seeds: std::ops::RangeInclusive<u64>| {
-        // Without strain: which of them catches what is known.
+        // Without strain: it is known which of them catches what.
         let plan = |seed| Plan { strain_percent: 0, ..plan(seed) };
         random("acknowledged_commits_survive_every_crash", plan, seeds.collect())
     };

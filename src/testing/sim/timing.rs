@@ -28,7 +28,7 @@ pub struct Timing {
     /// The percentage of turns that take only a part of what has arrived.
     part_percent: u64,
     slow: Option<Slow>,
-    /// A shard that gets no requests, and whose pages none concerns.
+    /// A shard that gets no requests, and whose pages no request concerns.
     pub idle: Option<ShardId>,
     /// The percentage of commits that go to a random shard instead of that of their first page.
     pub stray_percent: u64,
@@ -94,17 +94,17 @@ impl Timing {
         rng.within(0, self.wake)
     }
 
-    /// By what factor the device is slower for `shard`.
+    /// The factor by which the device is slower for `shard`.
     pub fn device_factor(&self, shard: usize) -> u64 {
         self.factor(shard, |slow| slow.device)
     }
 
-    /// How many of `arrived` arrivals a turn takes.
+    /// The number of `arrived` arrivals that a turn takes.
     pub fn take(&self, rng: &mut Rng, arrived: usize) -> usize {
         if rng.chance(self.part_percent) { rng.within(0, arrived as u64) as usize } else { arrived }
     }
 
-    /// By what factor an answer may take longer than usual.
+    /// The factor by which an answer may take longer than usual.
     pub fn patience(&self) -> u64 {
         self.slow.as_ref().map_or(1, |slow| slow.device.max(slow.turns).max(slow.messages))
     }

@@ -15,7 +15,7 @@ impl Cluster {
         Rare { turns_for_nothing: self.progress.total, ..self.late.rare }
     }
 
-    /// Checkpoints that have ended, of all shards together.
+    /// Checkpoints that have ended, counted over all shards.
     pub fn checkpoints_ended(&self) -> u64 {
         self.shards.iter().map(Shard::checkpoints_ended).sum()
     }

@@ -1,10 +1,10 @@
-//! What the clients of a run ask for: swarm-style, with another mix for every seed.
+//! The requests of a run's clients: swarm-style, with another mix for every seed.
 //!
 //! Invariants
-//! 1. A seed draws its universe, its weights and its options once; many seeds leave whole kinds of
-//!    requests out, because some bugs show only where the others don't disturb (Groce et al.,
+//! 1. A seed draws its universe, its weights and its options once; many seeds leave out whole kinds
+//!    of requests, because some bugs show only where the others don't interfere (Groce et al.,
 //!    "Swarm Testing", 2012).
-//! 2. Every request is made from the model and the seed only, so that a run can be repeated.
+//! 2. Every request follows from the model and the seed alone, so that a run can be repeated.
 //!
 //! It does *not* submit anything or know time.
 
@@ -17,18 +17,18 @@ use crate::testing::random::Rng;
 use bytes::Bytes;
 use std::collections::BTreeMap;
 
-/// What can be asked for; in the order of `Profile::weights`.
+/// The kinds of requests, in the order of `Profile::weights`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PrepareRequest {
-    /// One whole page.
+    /// Writes one whole page.
     Put,
-    /// Several whole pages, often more than go into the log.
+    /// Writes several whole pages, often more than go into the log.
     PutMany,
-    /// Some bytes of one page.
+    /// Patches some bytes of one page.
     Patch,
-    /// Some bytes of several pages, or several times of one.
+    /// Patches some bytes of several pages, or of one several times.
     PatchMany,
-    /// One to three pages are freed.
+    /// Frees one to three pages.
     Free,
     /// A transaction that reads and changes.
     Transact,
@@ -36,9 +36,9 @@ pub enum PrepareRequest {
     TransactStale,
     /// A transaction that only reads.
     Observe,
-    /// One page is read.
+    /// Reads one page.
     Read,
-    /// Several pages are read.
+    /// Reads several pages.
     ReadMany,
     /// A flush.
     Flush,
@@ -48,11 +48,11 @@ pub enum PrepareRequest {
     Checkpoint,
     /// Counters.
     Stats,
-    /// Something wrong.
+    /// An invalid request.
     Wrong,
-    /// More than fits into one commit.
+    /// A commit that is too large.
     TooLarge,
-    /// Nothing for a while.
+    /// No request for a while.
     Idle,
 }
 
@@ -79,19 +79,19 @@ pub(super) const ASKS: [(PrepareRequest, u32); 17] = [
 /// One seed's way of using the store.
 #[derive(Clone, Debug)]
 pub struct Profile {
-    /// The pages that are used at all.
+    /// The pages that are used.
     pub universe: Vec<PageKey>,
-    /// Of every kind of request.
+    /// The weight of every kind of request.
     pub weights: Vec<u32>,
-    /// Most requests under way.
+    /// The most requests in progress.
     pub in_flight: usize,
-    /// Of a hundred commits, how many want to be durable.
+    /// The percentage of commits that are durable.
     pub durable_percent: u64,
-    /// Of a hundred changes, how many go to the first few pages.
+    /// The percentage of changes that go to the first few pages.
     pub hot_percent: u64,
-    /// Of a hundred commits, how many change pages of one shard only.
+    /// The percentage of commits that change pages of one shard only.
     pub local_percent: u64,
-    /// Most pages of one commit.
+    /// The most pages of one commit.
     pub pages_max: u64,
 }
 
@@ -123,7 +123,7 @@ impl Profile {
 }
 
 impl Profile {
-    /// The same with less of everything, and something left that writes.
+    /// The same profile with less of everything, but with something left that writes.
     pub fn smaller(mut self, smaller: &Smaller) -> Self {
         if smaller.pages > 0 {
             self.universe.truncate(smaller.pages);
@@ -132,7 +132,7 @@ impl Profile {
             self.in_flight = self.in_flight.min(smaller.in_flight);
         }
         for kind in (0..self.weights.len()).filter(|kind| smaller.without & 1 << kind != 0) {
-            // Something must be left to do.
+            // Some kind of request must be left.
             if self.weights.iter().filter(|weight| **weight > 0).count() > 1 {
                 self.weights[kind] = 0;
             }
@@ -165,7 +165,7 @@ fn universe(rng: &mut Rng) -> Vec<PageKey> {
     pages
 }
 
-/// The memory of a shard that has this many MiB of frames; the legal minimum counts frames alone.
+/// The memory of a shard that has this many MiB of frames; the valid minimum counts frames alone.
 pub fn memory_for(frames_mib: u64) -> u64 {
     match frames_mib << 20 {
         least @ SHARD_MEMORY_MIN => least,
@@ -196,12 +196,12 @@ pub fn options(rng: &mut Rng) -> Options {
     }
 }
 
-/// What of a profile is left out.
+/// The parts of a profile that are left out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Smaller {
-    /// Pages that are used, at most; 0: all.
+    /// The most pages that are used; 0: all.
     pub pages: usize,
-    /// Requests under way, at most; 0: as the profile says.
+    /// The most requests in progress; 0: as the profile says.
     pub in_flight: usize,
     /// Kinds of requests that are left out, a bit for each, in the order of the workload.
     pub without: u32,
@@ -209,7 +209,7 @@ pub struct Smaller {
 
 /// Makes requests.
 pub struct Workload {
-    /// How.
+    /// The profile that it follows.
     pub profile: Profile,
     /// The options in force.
     pub options: Options,
@@ -219,7 +219,7 @@ pub struct Workload {
     /// A shard whose pages no request touches in this life.
     idle: Option<ShardId>,
     txn_bytes_max: u64,
-    /// The newest LSN that a reader was told of each page; stale by now, maybe.
+    /// The newest LSN that a reader got for each page; it may be stale by now.
     told: BTreeMap<PageKey, Lsn>,
 }
 
@@ -239,29 +239,30 @@ impl Workload {
         }
     }
 
-    /// The store is open, dealt out in this way; nobody is to touch the pages of `idle`.
+    /// Called when the store is open, dealt out in this way; no request may touch the pages of
+    /// `idle`.
     pub fn begin_life(&mut self, shard_map: ShardMap, idle: Option<ShardId>, txn_bytes_max: u64) {
         let touched = |key: &PageKey| Some(shard_map.shard_of(*key)) != idle;
         self.idle = idle.filter(|_| self.profile.universe.iter().any(touched));
         (self.shard_map, self.txn_bytes_max) = (shard_map, txn_bytes_max);
     }
 
-    /// Remembers what a reader was told.
+    /// Remembers the version that a reader got.
     pub fn on_read(&mut self, key: PageKey, lsn: Lsn) {
         self.told.insert(key, lsn);
     }
 
-    /// The store was opened anew: what was read before is void.
+    /// Called when the store was opened again: what was read before is void.
     pub fn on_restart(&mut self) {
         self.told.clear();
     }
 
-    /// The next thing to do.
+    /// Draws what to do next.
     pub fn next_ask(&mut self) -> PrepareRequest {
         ASKS[self.rng.weighted(&self.profile.weights)].0
     }
 
-    /// The request for it.
+    /// Makes the request for it.
     pub fn request(&mut self, ask: PrepareRequest, oracle: &Oracle) -> Request {
         let many = self.rng.within(2, self.profile.pages_max.min(self.commit_pages_max()).max(2));
         match ask {
@@ -296,7 +297,7 @@ impl Workload {
         }
     }
 
-    /// Most pages that one commit may change.
+    /// The most pages that one commit may change.
     pub(super) fn commit_pages_max(&self) -> u64 {
         self.txn_bytes_max / BLOCK as u64
     }
@@ -346,7 +347,7 @@ impl Workload {
         Request::Commit(Commit { reads: Vec::new(), changes, durable })
     }
 
-    /// A whole page, to be filled in when it is known which.
+    /// A whole page, which is filled in once it is known which.
     fn put(&mut self) -> Change {
         Change::Put(Bytes::new())
     }
@@ -391,7 +392,7 @@ impl Workload {
         Request::Commit(commit)
     }
 
-    /// Reads as a client has them: mostly current, some as told earlier.
+    /// Reads as a client has them: mostly current, some of earlier versions.
     fn reads(&mut self, oracle: &Oracle, count: u64) -> Vec<(PageKey, Lsn)> {
         let mut reads: BTreeMap<PageKey, Lsn> = BTreeMap::new();
         for _ in 0..count {
@@ -408,7 +409,7 @@ impl Workload {
         let change = match self.rng.below(4) {
             0 => {
                 let count = self.options.vectored_pages_max + 1;
-                // Of one page, or it would be split.
+                // The same page each time, since otherwise the read would be split.
                 return Request::Read((0..count).map(|_| key).collect());
             }
             1 => Change::Put(patch_bytes(1, BLOCK - 1)),

@@ -1,6 +1,6 @@
-//! How the answers of a run were distributed: a run in which everything conflicts proves little.
+//! Counts the answers of a run by kind: a run in which everything conflicts proves little.
 
-/// What the judge has seen.
+/// The numbers of what the judge has seen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OracleCounters {
     /// Commits that got an LSN.
@@ -15,9 +15,9 @@ pub struct OracleCounters {
     pub commits_reading: u64,
     /// Commits refused with `Conflict`.
     pub conflicts: u64,
-    /// Of those, for no other reason than that a commit over several shards held a page.
+    /// Of those, the ones whose only reason was that a commit over several shards held a page.
     pub conflicts_held: u64,
-    /// By how many that came later one request was overtaken, at most.
+    /// The most later requests that overtook one request.
     pub overtaken_most: u64,
     /// Requests refused with `Busy`.
     pub busy: u64,
@@ -25,7 +25,7 @@ pub struct OracleCounters {
     pub full: u64,
     /// Of those, over several shards.
     pub spread_full: u64,
-    /// Requests refused as wrong or too large, as they were.
+    /// Requests refused as wrong or too large, rightly.
     pub invalid: u64,
     /// Requests answered with `Closed` or `Io`.
     pub stopped: u64,
@@ -33,15 +33,15 @@ pub struct OracleCounters {
     pub unknown: u64,
     /// Pages read and found right.
     pub pages_read: u64,
-    /// Of those, older than the newest version allocated when they were asked for: a commit over
-    /// several shards had been allocated and not reached the page's shard.
+    /// Of those, older than the newest version allocated when they were requested: a commit over
+    /// several shards had been allocated but had not reached the page's shard.
     pub pages_behind: u64,
-    /// Commits over several shards during which another one that touched one of its pages was under
-    /// way.
+    /// Commits over several shards during which another one that touched one of their pages was in
+    /// progress.
     pub spread_overlaps: u64,
     /// Flushes, waits, checkpoints, closes.
     pub others: u64,
-    /// Commits with an LSN and without an acknowledgement as durable at a crash.
+    /// Commits in doubt at a crash: they had an LSN, but were not acknowledged as durable.
     pub in_doubt: u64,
     /// Of those, over several shards.
     pub spread_in_doubt: u64,

@@ -1,17 +1,17 @@
-//! The judge: holds everything that a shard does and answers against the contract.
+//! The judge: it checks everything that a shard does and answers against the contract.
 //!
 //! Invariants
 //! 1. A commit counts from the moment at which its LSN is allocated; what was read by it must be
 //!    current then.
-//! 2. `durable` is the highest LSN of which any answer said that it is durable. No crash may take
-//!    it away. The watermark is such an answer to everybody who looks at it.
+//! 2. `durable` is the highest LSN that any answer said is durable. No crash may take it away. The
+//!    watermark is such an answer to all that read it.
 //! 3. LSNs allocated only ever rise, over all lives of the store.
 //! 4. What a commit over several shards changed may be read as before until it is acknowledged, but
 //!    not at its owner; what it holds excuses conflicts (`visibility`). Transactions are exact:
 //!    what they read is current at the allocation of its LSN.
 //!
-//! A judge that can't condemn is worth nothing: `oracle_tests` shows it every lie it is there for,
-//! and the canaries show that the lies are found in whole runs.
+//! A judge that can't condemn is worth nothing: `oracle_tests` tells it every lie that it must
+//! find, and the canaries show that it finds them in whole runs.
 //!
 //! It does *not* drive anything.
 
@@ -34,18 +34,18 @@ use visibility::Visibility;
 /// A check that passed, or what was wrong.
 pub type Verdict = std::result::Result<(), String>;
 
-/// Which errors are no fault of the store in this run.
+/// The errors that are no fault of the store in this run.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tolerance {
-    /// Device errors of any kind were injected: the store may stop.
+    /// Whether device errors of any kind were injected: then the store may stop.
     pub io: bool,
-    /// Space is short.
+    /// Whether space is short.
     pub full: bool,
-    /// Most bytes of one commit.
+    /// The most bytes of one commit.
     pub commit_bytes_max: u64,
-    /// Most map nodes and new pages that a commit may need in memory at once; 0: any.
+    /// The most map nodes and new pages that a commit may need in memory at once; 0: any.
     pub commit_frames_max: u64,
-    /// Most pages of one read.
+    /// The most pages of one read.
     pub read_pages_max: usize,
 }
 
@@ -58,13 +58,13 @@ pub struct Oracle {
     /// The LSN with which this life began.
     began: Lsn,
     last: Lsn,
-    /// The newest LSN that was allocated, void ones too.
+    /// The newest LSN that was allocated, including void ones.
     newest: Lsn,
     /// All commits of this life, in order, for messages and for cuts that are not reported.
     allocated: Vec<(Lsn, Vec<(PageKey, Change)>)>,
     ever: Lsn,
     durable: Lsn,
-    /// Who said so.
+    /// The answer that said so.
     promise: &'static str,
     ordered: Lsn,
     closing: bool,
@@ -107,7 +107,7 @@ impl Oracle {
         self.last
     }
 
-    /// The highest LSN that the store may not lose any more.
+    /// The highest LSN that the store may no longer lose.
     pub fn durable(&self) -> Lsn {
         self.durable
     }
@@ -117,7 +117,7 @@ impl Oracle {
         self.ordered
     }
 
-    /// What happened so far.
+    /// The counts so far.
     pub fn counters(&self) -> OracleCounters {
         self.counters
     }
@@ -127,22 +127,22 @@ impl Oracle {
         self.pending.len()
     }
 
-    /// From now on these errors are tolerated.
+    /// Sets the errors that are tolerated from now on.
     pub fn tolerate(&mut self, tolerance: Tolerance) {
         self.tolerance = tolerance;
     }
 
-    /// What is tolerated now.
+    /// The errors that are tolerated now.
     pub fn tolerance(&self) -> Tolerance {
         self.tolerance
     }
 
-    /// Which shard has which page, from now on.
+    /// Sets which shard has which page from now on.
     pub fn shard_map(&mut self, shard_map: ShardMap) {
         self.shard_map = shard_map;
     }
 
-    /// A request is about to be handed to `shard`.
+    /// Called when a request is about to be handed to `shard`.
     pub fn on_request(&mut self, token: Token, request: &Request, shard: ShardId, now: Micros) {
         self.moment += 1;
         let what = Kind::of(request, |key| self.oldest_visible(key).lsn);
@@ -178,8 +178,8 @@ impl Oracle {
         &versions[versions.len() - 1 - unseen.count()]
     }
 
-    /// The shards say that everything up to `watermark` is durable.
-    /// The newest LSN allocated is `newest`; it may be void.
+    /// Called when the shards say that everything up to `watermark` is durable. The newest LSN
+    /// allocated is `newest`; it may be void.
     pub fn on_watermark(&mut self, watermark: Lsn, newest: Lsn) -> Verdict {
         self.newest = newest;
         if watermark < self.watermark {
@@ -190,7 +190,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// Nothing can be held any more for this commit over several shards, which is answered.
+    /// Called when nothing can be held any more for this commit over several shards, which is
+    /// answered.
     pub fn on_let_go(&mut self, token: Token) {
         self.moment += 1;
         let oldest =
@@ -203,7 +204,7 @@ impl Oracle {
         self.pending.get(&token).is_some_and(|pending| pending.spread)
     }
 
-    /// A request got its LSN.
+    /// Called when a request has got its LSN.
     pub fn on_allocated(&mut self, token: Token, lsn: Lsn) -> Verdict {
         if lsn <= self.ever {
             return Err(format!(
@@ -249,7 +250,7 @@ impl Oracle {
         Ok(())
     }
 
-    /// The pages that a read under way asked for.
+    /// The pages of a read in progress.
     pub fn keys_of(&self, token: Token) -> Vec<PageKey> {
         match self.pending.get(&token) {
             Some(PendingRequest { what: Kind::Read(keys), .. }) => {
@@ -259,7 +260,7 @@ impl Oracle {
         }
     }
 
-    /// A request is answered.
+    /// Called when a request is answered.
     pub fn on_reply(&mut self, token: Token, reply: &StoreResult<Response>) -> Verdict {
         let Some(pending) = self.pending.remove(&token) else {
             return Err(format!(
@@ -275,7 +276,8 @@ impl Oracle {
         verdict.map_err(|why| format!("{token:?} {}: {why}", pending.what.describe()))
     }
 
-    /// The power is lost, the process is dead, or a closed store is about to be opened again.
+    /// Called when the power is lost, the process is dead, or a closed store is about to be opened
+    /// again.
     pub fn on_crash(&mut self) {
         for pending in
             self.pending.values().filter(|a| a.allocated.is_some_and(|lsn| lsn > self.durable))
@@ -285,8 +287,8 @@ impl Oracle {
         }
     }
 
-    /// The store goes on from the state at `recovered_lsn`; recovery reported `reported`, which is
-    /// that or higher.
+    /// Called when the store continues from the state at `recovered_lsn`; recovery reported
+    /// `reported`, which is the same or higher.
     pub fn restart_at(&mut self, recovered_lsn: Lsn, reported: Lsn) {
         for pending in self
             .pending
@@ -308,7 +310,7 @@ impl Oracle {
     }
 }
 
-/// Where two pages differ, for messages.
+/// Describes where two pages differ, for messages.
 fn difference(page: &[u8], expected: Option<&[u8]>) -> String {
     let Some(expected) = expected else { return "which is absent".into() };
     let differs: Vec<usize> = (0..BLOCK).filter(|&i| page[i] != expected[i]).collect();
@@ -331,7 +333,7 @@ impl Model {
 }
 
 impl Visibility {
-    /// A commit that only writes waits for what is held, and conflicts with nothing.
+    /// A commit that only writes waits for held pages, and conflicts with nothing.
     fn justifies_conflict(&self, token: Token, pending: &PendingRequest) -> bool {
         let Kind::Commit(commit) = &pending.what else { return false };
         !commit.reads.is_empty() && self.may_have_met(token, commit, pending.moment)

@@ -1,9 +1,9 @@
-//! Who waits for how long, who was served before whom, and what this life has changed.
+//! Records how long requests wait, which were overtaken by which, and what this life has changed.
 //!
-//! How many have overtaken a request is counted and not judged: whoever asks for pages that are in
-//! memory rightly passes all who wait for the device, any number of times. What is judged is the
-//! time that a request waits (see `steps`): a queue that is not first in, first out lets a request
-//! wait without end, and that is found.
+//! How many have overtaken a request is counted but not judged: requests for pages in memory
+//! rightly pass all that wait for the device, any number of times. The time that a request waits is
+//! judged instead (see `steps`): a queue that is not first in, first out makes a request wait
+//! without end, and that is found.
 //!
 //! It does *not* know why a request waits.
 
@@ -13,7 +13,7 @@ use crate::base::{Micros, PageKey};
 use std::collections::BTreeSet;
 
 impl Oracle {
-    /// When the oldest request without an answer was asked.
+    /// When the oldest request without an answer was made.
     pub fn oldest_at(&self) -> Option<Micros> {
         self.pending.values().map(|pending| pending.at).min()
     }
@@ -29,7 +29,7 @@ impl Oracle {
         self.allocated.iter().flat_map(|(_, changes)| changes.iter().map(|(key, _)| *key)).collect()
     }
 
-    /// Others of its kind have waited for longer.
+    /// Counts, for each older request of its kind, that the request answered now has overtaken it.
     pub(super) fn count_overtaken(&mut self, answered: &PendingRequest) {
         let is_before = |pending: &PendingRequest| {
             pending.shard == answered.shard && pending.moment < answered.moment

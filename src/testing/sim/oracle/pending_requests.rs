@@ -1,4 +1,4 @@
-//! Requests that are not answered yet, as the oracle remembers them.
+//! The requests that are not answered yet, as the oracle remembers them.
 //!
 //! It does *not* check answers.
 
@@ -7,31 +7,31 @@ use crate::base::{BLOCK, Lsn, Micros, PageKey, ShardId};
 use crate::engine::{Change, Commit, Request};
 use crate::testing::sim::model;
 
-/// Most map nodes above a page, its leaf included.
+/// The most map nodes above a page, including its leaf.
 const PATH_NODES_MAX: u64 = 9;
 
-/// A request under way.
+/// A request in progress.
 pub(super) struct PendingRequest {
     pub what: Kind,
     pub at: Micros,
     /// The shard that it went to.
     pub shard: ShardId,
-    /// The newest LSN when it was asked.
+    /// The newest LSN when it was made.
     pub seen: Lsn,
-    /// The newest LSN acknowledged to anyone when it was asked.
+    /// The newest LSN acknowledged to any client when it was made.
     pub ordered: Lsn,
-    /// When it was asked, in events.
+    /// When it was made, in events.
     pub moment: u64,
     pub allocated: Option<Lsn>,
     /// A commit over several shards.
     pub spread: bool,
-    /// Requests of its kind that came to its shard after it and were answered before it.
+    /// Requests of its kind that reached its shard after it and were answered before it.
     pub overtaken: u64,
 }
 
 /// The kind of a request.
 pub(super) enum Kind {
-    /// Pages, each with the LSN of the oldest version that it may read as.
+    /// Pages, each with the LSN of the oldest version that the read may return.
     Read(Vec<(PageKey, Lsn)>),
     Commit(Commit),
     Flush,
@@ -42,7 +42,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// The kind of a request; `oldest` says from which version on a page may be read.
+    /// The kind of a request; `oldest` gives the oldest version of a page that a read may return.
     pub fn of(request: &Request, oldest: impl Fn(PageKey) -> Lsn) -> Self {
         match request {
             Request::Read(keys) => Kind::Read(keys.iter().map(|&key| (key, oldest(key))).collect()),
@@ -60,12 +60,12 @@ impl Kind {
         }
     }
 
-    /// Whether requests of this kind and of that one stand in the same queues.
+    /// Whether requests of these two kinds are in the same queues.
     pub fn is_like(&self, other: &Kind) -> bool {
         matches!((self, other), (Kind::Read(_), Kind::Read(_)) | (Kind::Commit(_), Kind::Commit(_)))
     }
 
-    /// Its bytes, as the limit on commits counts them.
+    /// The bytes of the request, as the limit on commits counts them.
     pub fn bytes(&self) -> u64 {
         let Kind::Commit(commit) = self else { return 0 };
         commit.changes.iter().map(|(_, change)| model::change_bytes(change)).sum()

@@ -1,4 +1,4 @@
-//! Whether an answer, or the state after a crash, is one that the store may give.
+//! Decides whether the store may give an answer, or have a state after a crash.
 
 use super::pending_requests::{Kind, PendingRequest};
 use super::{Oracle, Tolerance, Verdict, difference};
@@ -54,15 +54,15 @@ impl Oracle {
         }
     }
 
-    /// An answer says that everything up to `lsn` is durable.
+    /// Called when an answer says that everything up to `lsn` is durable.
     pub(super) fn says_durable(&mut self, lsn: Lsn) -> Verdict {
         self.counters.others += 1;
         self.promise(lsn, "an answer to a flush, a wait, a checkpoint, counters or a close");
         Ok(())
     }
 
-    /// An answer said that everything up to `lsn` is durable. What counts is the last commit up to
-    /// there: an epoch begins far above the last one.
+    /// Called when an answer said that everything up to `lsn` is durable. The last commit up to
+    /// there counts: an epoch begins far above the last one.
     pub(super) fn promise(&mut self, lsn: Lsn, who: &'static str) {
         let commits = self.allocated.partition_point(|&(allocated, _)| allocated <= lsn);
         let Some(&(lsn, _)) = commits.checked_sub(1).and_then(|last| self.allocated.get(last))
@@ -80,8 +80,7 @@ impl Oracle {
         commit: &Commit,
         lsn: Lsn,
     ) -> Verdict {
-        // That a page was freed is something that was read, too; of an earlier life that is not
-        // known here.
+        // That a page was freed counts as read too; for an earlier life that is not known here.
         let told = commit.reads.iter().map(|&(_, read)| read).max().unwrap_or(Lsn::ZERO);
         let newest = commit.reads.iter().map(|&(key, _)| self.model.at(key, self.last).lsn).max();
         if lsn < told || lsn > newest.unwrap_or(Lsn::ZERO).max(told).max(self.began) {
@@ -108,8 +107,8 @@ impl Oracle {
         Ok(())
     }
 
-    /// Whether a page is one that may be read by a request for which the version of `oldest` was
-    /// the oldest one possible, and `seen` the newest LSN.
+    /// Checks that a request may read this version of a page, if the version of `oldest` was the
+    /// oldest possible one, and `seen` the newest LSN.
     pub(super) fn judge_page(
         &mut self,
         key: PageKey,
@@ -190,10 +189,10 @@ impl Oracle {
         if allowed { Ok(()) } else { Err(format!("{kind:?} for no reason: {error}")) }
     }
 
-    /// Holds what recovery says against what it had to find; returns the LSN that `pages`, all that
-    /// there are, show.
+    /// Checks the report of a recovery against what it had to find; returns the LSN that `pages`,
+    /// which are all pages, show.
     ///
-    /// It is the one reported, which is a commit that was allocated, or the state with which the
+    /// It is the LSN reported, which is a commit that was allocated, or the state with which the
     /// life began.
     pub fn judge_state(
         &self,
@@ -229,7 +228,7 @@ impl Oracle {
         judge(recovered_lsn).map(|()| recovered_lsn)
     }
 
-    /// Holds a page, read after recovery, against the model at the recovered LSN.
+    /// Checks a page, read after recovery, against the model at the recovered LSN.
     pub fn judge_recovered(&self, key: PageKey, recovered_lsn: Lsn, page: &PageRef) -> Verdict {
         let version = self.model.at(key, recovered_lsn);
         let right = match &version.page {

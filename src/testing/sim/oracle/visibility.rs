@@ -4,9 +4,9 @@
 //! Invariants
 //! 1. Between the allocation of its LSN and its answer such a commit may be unseen at every shard
 //!    but its owner; once a reader has been given a version, none is given an older one.
-//! 2. It may hold its pages from the moment at which it is asked until all is delivered that its
-//!    owner had sent when it answered. Only then, and only against others that touch a page that it
-//!    writes, or write one that it reads, is a hold an excuse for a conflict.
+//! 2. It may hold its pages from the moment at which it is requested until everything is delivered
+//!    that its owner had sent when it answered. Only in that time, and only for others that touch a
+//!    page that it writes, or write one that it reads, does a hold excuse a conflict.
 //!
 //! It does *not* know which pages are really locked: this is an upper bound.
 
@@ -22,7 +22,7 @@ const ENDED_MAX: usize = 64;
 pub(super) struct Visibility {
     /// Allocated and not answered, with their owners.
     unseen: BTreeMap<Lsn, ShardId>,
-    /// What some reader has been given of a page.
+    /// The version of each page that some reader has been given.
     given: BTreeMap<PageKey, Lsn>,
     holding: BTreeMap<Token, Hold>,
     ended: Vec<Hold>,
@@ -53,7 +53,7 @@ impl Hold {
     }
 }
 
-/// Whether a commit that goes to `owner` has to do with another shard.
+/// Whether a commit that goes to `owner` concerns another shard.
 pub(super) fn is_spread(shard_map: ShardMap, owner: ShardId, commit: &Commit) -> bool {
     let reads = commit.reads.iter().map(|&(key, _)| key);
     reads
@@ -62,25 +62,26 @@ pub(super) fn is_spread(shard_map: ShardMap, owner: ShardId, commit: &Commit) ->
 }
 
 impl Visibility {
-    /// A commit over several shards is asked for; whether it overlaps with another one.
+    /// Called when a commit over several shards is requested; returns whether it overlaps with
+    /// another one.
     pub fn on_request(&mut self, token: Token, commit: &Commit) -> bool {
         let overlaps = self.holding.values().any(|hold| hold.excludes(commit));
         self.holding.insert(token, Hold::of(commit));
         overlaps
     }
 
-    /// It is allocated.
+    /// Called when its LSN is allocated.
     pub fn allocated(&mut self, lsn: Lsn, owner: ShardId) {
         self.unseen.insert(lsn, owner);
     }
 
-    /// It is acknowledged: from now on every reader sees it.
+    /// Called when it is acknowledged: from then on every reader sees it.
     pub fn acknowledged(&mut self, lsn: Lsn) {
         self.unseen.remove(&lsn);
     }
 
-    /// Nothing can be held for it any more; `oldest` is the event at which the oldest request under
-    /// way was asked.
+    /// Called when nothing can be held for it any more; `oldest` is the event at which the oldest
+    /// request in progress was made.
     pub fn let_go(&mut self, token: Token, now: u64, oldest: u64) {
         if let Some(hold) = self.holding.remove(&token) {
             self.ended.push(Hold { until: now, ..hold });
@@ -90,7 +91,7 @@ impl Visibility {
         }
     }
 
-    /// Whether a commit asked for at event `since` may have met a page held for another one, which
+    /// Whether a commit requested at event `since` may have met a page held for another one, which
     /// excludes it.
     pub fn may_have_met(&self, token: Token, commit: &Commit, since: u64) -> bool {
         let holding =
@@ -106,7 +107,7 @@ impl Visibility {
         elsewhere && self.given.get(&key).is_none_or(|&given| given < lsn)
     }
 
-    /// A reader was given the version of `lsn`.
+    /// Records that a reader was given the version of `lsn`.
     pub fn gave(&mut self, key: PageKey, lsn: Lsn) {
         let given = self.given.entry(key).or_default();
         *given = lsn.max(*given);

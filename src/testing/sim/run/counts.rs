@@ -1,4 +1,4 @@
-//! What a run counts of what happened in it.
+//! Counts what has happened in a run.
 
 use super::{RunStats, SimRun};
 use crate::base::BLOCK;

@@ -1,4 +1,4 @@
-//! Pages that clients hold on to, and give back late.
+//! Pages that clients hold, and give back late.
 
 use super::HeldPage;
 use crate::engine::PageRef;
@@ -11,8 +11,8 @@ impl SimRun {
         self.held.push(HeldPage { bytes: page.to_vec().into(), page, checkpoints });
     }
 
-    /// Clients under strain hold on to what they read until they have as much as they may; then
-    /// they give it back, bit by bit.
+    /// Clients under strain hold what they read until they have as much as they may; then they give
+    /// it back, bit by bit.
     pub(in crate::testing::sim) fn hold_on(&mut self, page: PageRef) {
         let most = self.cluster().frames() * self.strain.pins_percent / 100;
         if !self.giving_back && (self.held.len() as u64) < most && !page.is_absent() {
@@ -48,7 +48,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// The store ends, and clients may hold on to pages of it all the same.
+    /// Called when the store ends: clients may still hold pages of it.
     pub(in crate::testing::sim) fn let_go_at_end(&mut self) -> Outcome {
         if self.chance.chance(self.strain.keep_percent) {
             self.outlived.append(&mut self.held);
@@ -57,7 +57,7 @@ impl SimRun {
         self.let_go(usize::MAX)
     }
 
-    /// Another store is open: pages of the one before are given back.
+    /// Called when another store is open: gives back pages of the one before.
     pub(in crate::testing::sim) fn let_go_outlived(&mut self) -> Outcome {
         for held in std::mem::take(&mut self.outlived) {
             held.check()?;

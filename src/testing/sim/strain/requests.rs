@@ -1,4 +1,4 @@
-//! What a strained run asks for besides the requests of the workload, and what it looks at.
+//! The requests of a strained run besides those of the workload, and the pages that it checks.
 
 use super::Layout;
 use crate::base::PageKey;
@@ -10,11 +10,11 @@ use crate::testing::sim::run::{Outcome, SimRun};
 use crate::testing::sim::workload::Workload;
 use std::collections::BTreeSet;
 
-/// Unchanged pages of a large store that are looked at after a crash.
+/// Unchanged pages of a large store that are checked after a crash.
 const SAMPLE: usize = 80;
-/// Tags of the pages with which a store is filled begin here: those of the workload stay below.
+/// The first tag of the pages with which a store is filled: those of the workload stay below.
 const FILL_TAG: u64 = 1 << 48;
-/// How often a commit of these is tried while it gets `Busy`.
+/// How often such a commit is tried while it gets `Busy`.
 const FILL_TRIES: u32 = 6;
 
 impl SimRun {
@@ -24,7 +24,7 @@ impl SimRun {
     }
 
     /// On a slow device a checkpoint may take longer than a commit over shards waits for log room:
-    /// then it is tried again, as its error says.
+    /// then the commit is tried again, as its error says.
     fn fill_with(&mut self, keys: &[PageKey]) -> Outcome {
         for _ in 0..FILL_TRIES {
             let changes =
@@ -66,7 +66,7 @@ impl SimRun {
         Ok(())
     }
 
-    /// Asks for something that only a large store is asked for; whether it has.
+    /// Makes a request that only large stores get; returns whether it did.
     pub(in crate::testing::sim) fn strain(&mut self) -> bool {
         if !self.is_large() || !self.chance.chance(40) {
             return false;
@@ -78,7 +78,7 @@ impl SimRun {
         }
         let is_full_of_pins = self.held.len() as u64 * 10 >= self.cluster().frames() * 8;
         if is_full_of_pins && self.chance.one_in(4) {
-            // What is dirty must be written with the memory that is left.
+            // The memory that is left must suffice to write what is dirty.
             self.ask(Request::Checkpoint);
             return true;
         }
@@ -95,8 +95,8 @@ impl SimRun {
 
     /// A small tree grows, often while its lowest page is being read; a high one is freed again.
     fn climb(&mut self) {
-        // The one that was left alone for the longest: it has left memory, mostly, and its top must
-        // be read.
+        // The tree that was left alone the longest: it has mostly left memory, and its top must be
+        // read.
         self.trees.rotate_left(1);
         let tree = self.trees[0].clone();
         let last = self.oracle.last();
@@ -115,7 +115,8 @@ impl SimRun {
             self.ask(Request::Read([tree[0]].into_iter().collect()));
         }
         if there > 0 && self.chance.chance(30) {
-            // What is read late is changed, too: whoever has lost the way up loses more.
+            // What is read late is changed too: a node that has lost its path to the root loses
+            // more.
             let change = put(self, tree[0]);
             self.commit(vec![change]);
         }
@@ -130,7 +131,7 @@ impl SimRun {
         }
     }
 
-    /// Many pages are read, of which most are not in memory and some are absent.
+    /// Reads many pages, most of which are not in memory, and some of which are absent.
     fn sweep(&mut self) {
         let most = self.options.vectored_pages_max as u64;
         for _ in 0..self.chance.within(1, 3) {
@@ -146,7 +147,7 @@ impl SimRun {
         }
     }
 
-    /// As many pages are freed as one commit may free, or some of them.
+    /// Frees as many pages as one commit may free, or some of them.
     fn free_many(&mut self) {
         let most = self.workload.commit_pages_max() * 8;
         let count = self.chance.within(1, most);
@@ -157,7 +158,7 @@ impl SimRun {
         }
     }
 
-    /// Many whole pages are written at a time, none durably.
+    /// Writes many whole pages at a time, none durably.
     fn flood(&mut self) {
         let most = self.workload.commit_pages_max();
         for _ in 0..self.chance.within(8, 40) {
@@ -176,10 +177,10 @@ impl SimRun {
         self.ask(Request::Commit(Commit { reads: Vec::new(), changes, durable }));
     }
 
-    /// Which pages are looked at after a crash, and whether they are all.
+    /// The pages to check after a crash, and whether they are all.
     pub(in crate::testing::sim) fn pick_checked(&mut self) -> (Vec<PageKey>, bool) {
         let universe = &self.workload.profile.universe;
-        // As many pages are looked at in the end, however large the store is.
+        // The number of pages checked in total does not depend on the size of the store.
         let rarely = 12.max(universe.len() as u64 / 500);
         if !self.is_large() || self.chance.one_in(rarely) {
             return (universe.clone(), true);

@@ -1,14 +1,14 @@
-//! Compaction of a store most of which is map nodes, on a device whose reads are slow.
+//! Compaction of a store that consists mostly of map nodes, on a device whose reads are slow.
 
 use super::*;
 use std::collections::VecDeque;
 
 /// Each page has a leaf of its own: more nodes than memory.
 const PAGES: u64 = 1_500;
-/// A read of the device.
+/// The time of a read of the device.
 const READ_US: Micros = 10_000;
-/// Commits, each of one page, and what they take at most: 75 s. With nodes read one after the other
-/// it was 461 s.
+/// The number of commits, each of one page, and the longest that they may take: they take 75 s.
+/// With nodes read one after the other it was 461 s.
 const COMMITS: u64 = 6_000;
 const BOUND_US: Micros = 150_000_000;
 

@@ -1,12 +1,12 @@
-//! Commits over shards beside a stream of commits of one shard that never ends.
+//! Commits over shards next to an endless stream of commits of one shard.
 
 use super::*;
 use std::collections::VecDeque;
 
-/// Commits of one shard that are always under way.
+/// Commits of one shard that are always in progress.
 const STREAM: usize = 24;
-/// A commit over shards has gone through by then. Without a place in the queue it gets `Busy` after
-/// 10 s.
+/// The time by which a commit over shards has gone through. Without a place in the queue it gets
+/// `Busy` after 10 s.
 const BOUND_US: Micros = 2_000_000;
 
 /// If this fails, a transaction over several shards is refused as `Busy` for as long as others keep
@@ -16,13 +16,13 @@ fn a_commit_over_shards_gets_its_turn_beside_an_endless_stream_of_others() {
     must(goes_through_beside_a_stream());
 }
 
-/// Two callers, each with most of its pages at another shard: neither may keep the other one out.
+/// Two callers, each with most of its pages at another shard: neither may keep out the other.
 #[test]
 fn commits_over_shards_that_compete_for_two_shards_all_get_their_turn() {
     must(compete_for_two_shards());
 }
 
-/// Keeps a stream of commits of one shard each under way.
+/// Keeps a stream of commits, of one shard each, in progress.
 struct Stream {
     pages: Vec<Vec<PageKey>>,
     asked: VecDeque<Token>,
@@ -35,7 +35,7 @@ impl Stream {
         Stream { pages: shards.iter().map(of).collect(), asked: VecDeque::new(), next: 0 }
     }
 
-    /// A lap, and as many new ones as have been answered.
+    /// Runs a lap, and begins as many new ones as have been answered.
     fn lap(&mut self, cluster: &mut ParkedCluster) -> Outcome {
         while self.asked.len() < STREAM * self.pages.len() {
             let pages = &self.pages[self.next % self.pages.len()];

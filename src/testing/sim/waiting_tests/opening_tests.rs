@@ -1,21 +1,20 @@
-//! What an opening waits for: pages that a checkpoint in the middle of the redo counts, and space
+//! Openings that wait: for pages that a checkpoint in the middle of the redo counts, and for space
 //! that is not there.
 
 use super::*;
 use crate::testing::sim::disk::ENOSPC;
 
 /// If this fails, a store hangs while it is opened: a checkpoint in the middle of the redo waits
-/// for a page that had been patched, and the redo has found it written to its place by a later
-/// commit.
+/// for a patched page that the redo has found written to its place by a later commit.
 #[test]
 fn a_checkpoint_in_the_redo_does_not_wait_for_pages_that_are_found_written() {
     must(settles_what_is_found_written());
 }
 
 /// One shard is full of dirty map nodes again and again, and needs checkpoints. Meanwhile the other
-/// one is in the middle of a log in which each page is patched, and written to its place two
-/// commits later: whenever the checkpoint counts dirty pages there are some that the next batch of
-/// the redo finds written.
+/// is in the middle of a log in which each page is patched, and written to its place two commits
+/// later: whenever the checkpoint counts dirty pages, there are some that the next batch of the
+/// redo finds written.
 pub(super) fn settles_what_is_found_written() -> Outcome {
     // A commit is one batch of the redo: with the least memory these are 16 changes.
     const PATCHED: usize = 8;
@@ -68,8 +67,8 @@ pub(super) fn settles_what_is_found_written() -> Outcome {
     check(&mut cluster, &model)
 }
 
-/// If this fails, the owner of a store on a full device waits for ever for it to open, and is told
-/// nothing.
+/// If this fails, the owner of a store on a full device waits for ever for it to open, without a
+/// message.
 #[test]
 fn an_opening_that_finds_no_space_for_its_pages_ends_with_an_error_and_loses_nothing() {
     must(ends_without_space());
@@ -80,14 +79,14 @@ fn an_opening_that_finds_no_space_for_its_pages_ends_with_an_error_and_loses_not
 /// one.
 pub(super) fn ends_without_space() -> Outcome {
     const SHARDS: u16 = 16;
-    // Before the last checkpoint, whose map nodes take some.
+    // Counted before the last checkpoint, whose map nodes take some.
     const EXTENTS_LEFT: u64 = 20;
     let geometry =
         Geometry { extent_bytes: 64 << 10, vshards_count: SHARDS.into(), ..options().geometry };
     let many =
         Options { geometry, memory_bytes: 64 << 20, coalesce_window_us: 10_000, ..options() };
     let one = Options { data_bytes_max: 12 << 20, ..many.clone() };
-    // All of them have logs: on the full device none could be made.
+    // All shards have logs: on the full device none could be made.
     let mut cluster = ParkedCluster::open(SimDisk::new(15), &many, SHARDS)?;
     cluster.call(Request::Close)?.map_err(|error| format!("closing: {error}"))?;
     let mut cluster = ParkedCluster::open(cluster.disk, &one, 1)?;
@@ -123,7 +122,7 @@ pub(super) fn ends_without_space() -> Outcome {
         Ok(_) => return Err(format!("{left} free extents were enough for {SHARDS} shards")),
     };
     println!("{left} free extents, {} pages: {refused}", model.len());
-    // With space again all is there.
+    // With space again, everything is there.
     let freed = crashed.crash(Loss::Everything, &mut Rng::new(2));
     freed.clear_faults();
     let mut cluster = ParkedCluster::open(freed, &many, SHARDS)?;

@@ -1,5 +1,5 @@
-//! Commits whose pages are far apart and new: of their paths through the map there is no leaf that
-//! could be pinned.
+//! Commits whose pages are far apart and new: their paths through the map have no leaf that could
+//! be pinned.
 
 use super::*;
 use crate::base::{PageId, VolumeId};
@@ -7,8 +7,9 @@ use crate::base::{PageId, VolumeId};
 /// Pages that readers hold.
 const PAGES: u64 = 400;
 
-/// If this fails, a commit to new pages of a sparse volume gets neither done nor refused while
-/// readers hold most of the memory: it reads the way to one page, and so loses the way to another.
+/// If this fails, a commit to new pages of a sparse volume is neither carried out nor refused while
+/// readers hold most of the memory: it reads the path to one page, and so loses the path to
+/// another.
 #[test]
 fn commits_to_new_pages_far_apart_are_answered_beside_readers() {
     must(answered_beside_readers());
@@ -27,7 +28,7 @@ pub(super) fn answered_beside_readers() -> Outcome {
     cluster.checkpoint()?;
     let (mut done, mut refused) = (0, 0);
     for left in (4..220).step_by(12) {
-        // What the last round has left in memory goes with it.
+        // Reopening empties the memory of what the last round has left.
         cluster.call(Request::Close)?.map_err(|error| error.to_string())?;
         cluster = ParkedCluster::open(cluster.disk, &options, 1)?;
         let mut pinned = pin_all(&mut cluster, PAGES)?;
@@ -51,8 +52,8 @@ pub(super) fn answered_beside_readers() -> Outcome {
     }
 }
 
-/// If this fails, a read of many pages is refused a page at a time, a second for each, beside
-/// readers that hold the memory; until then it keeps the pages that it has got from all others.
+/// If this fails, a read of many pages is refused a page at a time, a second for each, while
+/// readers hold the memory; until then it keeps the pages that it has from all others.
 #[test]
 fn a_read_of_many_pages_is_refused_as_a_whole() {
     must(refused_as_a_whole());

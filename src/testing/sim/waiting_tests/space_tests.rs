@@ -1,11 +1,11 @@
-//! What commits leave for map nodes: space for those that they will change, in a store that is
-//! full, and memory for those that they make.
+//! Commits must leave enough for map nodes: space for those that they will change, in a full store,
+//! and memory for those that they make.
 
 use super::*;
 
 /// Each in a leaf of its own.
 const PAGES: u64 = 4_000;
-/// What a full device says.
+/// The error of a full device.
 const ENOSPC: i32 = 28;
 
 fn lone(n: u64) -> PageKey {
@@ -16,7 +16,7 @@ fn lone(n: u64) -> PageKey {
 /// have been given the space that the map nodes of their pages need.
 #[test]
 fn commits_leave_space_for_the_map_nodes_that_they_will_dirty() {
-    // Half full: all of them are carried out. And so full that some may be refused.
+    // Half full, so that all of them are carried out; and so full that some may be refused.
     leaves_space_for_nodes(50, false).unwrap_or_else(|why| panic!("half full: {why}"));
     leaves_space_for_nodes(70, true).unwrap_or_else(|why| panic!("full: {why}"));
 }
@@ -91,7 +91,7 @@ pub(super) fn counts_nodes_anew() -> Outcome {
     let mut read = 0;
     for round in 0..24 {
         let changes = || (round * pages..(round + 1) * pages).map(|n| (far(n), put(n))).collect();
-        // Two of one turn: the second meets the change of the first.
+        // Two commits of one turn: the second meets the change of the first.
         let lsn = cluster.read(key(0))?.map_err(|error| error.to_string())?.lsn();
         let first = Commit { reads: vec![], changes: vec![(key(0), patch(round))], durable: true };
         let second = Commit { reads: vec![(key(0), lsn)], changes: changes(), durable: true };
@@ -101,7 +101,7 @@ pub(super) fn counts_nodes_anew() -> Outcome {
         if cluster.answer(second)?.is_ok() {
             return Err("there was no conflict".into());
         }
-        // What it has made leaves memory by and by: the leaves first.
+        // The nodes that it has made leave memory one by one, the leaves first.
         for _ in 0..round * 50 {
             read = (read + 1) % PAGES;
             cluster.read(key(read))?.map_err(|error| error.to_string())?;
