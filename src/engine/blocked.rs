@@ -1,9 +1,9 @@
 //! Records which steps of a shard are blocked, and by what: one rule for waiting instead of a list
 //! of cases.
 //!
-//! Every lap of a turn tries every step, and a step that finds a shortage registers itself. So
-//! after a turn the set says exactly which steps wait, and the audit can check for each what will
-//! wake it.
+//! As long as a step is blocked, every lap of a turn tries every step, and a step that finds a
+//! shortage registers itself. So after a turn the set says exactly which steps wait, and the audit
+//! can check for each what will wake it.
 //!
 //! Invariants
 //! 1. A step that stops for memory, log room, space, the watermark or a node write is registered in

@@ -1,4 +1,4 @@
-//! The work of a turn: one bit for each step, set by whatever makes work for it.
+//! The work of a turn: one bit for each step, which is set wherever work for it is made.
 //!
 //! A turn runs the steps whose bits are set, in the order of the table in `shard`. A step may set
 //! bits of other steps: one of a later step is served in the same lap, one of an earlier step in
@@ -10,7 +10,7 @@
 //! 2. While a shard opens, closes, has failed, takes part in a checkpoint or has a step that is
 //!    blocked, every event may unblock any step: each lap then runs all of them.
 //!
-//! It does not know what the steps do.
+//! It does *not* know what the steps do.
 
 /// A step of a turn, in the order of a lap.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,9 +25,9 @@ pub(super) enum Work {
     Commits,
     /// The batch that is being redone.
     Redo,
-    /// Coordinated commits to ask for again.
+    /// Coordinated commits whose votes to request again.
     Retries,
-    /// Coordinated commits for which all votes are in.
+    /// Coordinated commits that have all votes.
     Decisions,
     /// Groups to close or to flush.
     Groups,
