@@ -46,7 +46,7 @@ impl Sealed {
     }
 }
 
-/// Why stored bytes are not used as a page.
+/// The reason why stored bytes are not a page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Refusal {
     /// The entry names a size, a codec or a key that this version does not write.
@@ -64,7 +64,7 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What the bytes must be that an entry names, small enough for lists of many pages.
+/// What an entry says about the bytes that it names, small enough for lists of many pages.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Expected {
     checksum: u32,

@@ -1,4 +1,4 @@
-//! A shard on a simulated disk whose clients ask for far more than its memory holds: what it keeps
+//! A shard on a simulated disk whose clients request far more than its memory holds: what it keeps
 //! stays bounded.
 
 use super::{Change, Commit, NodeWaiter, Request, Response, Shard, Token};
@@ -12,7 +12,7 @@ use crate::testing::sim::disk::SimDisk;
 use bytes::Bytes;
 use smallvec::SmallVec;
 
-/// One shard, asked one thing at a time.
+/// One shard, which gets one request at a time.
 struct Bench {
     disk: SimDisk,
     all: LocalCluster,
@@ -89,8 +89,8 @@ fn put(byte: u8) -> Change {
     Change::Put(Bytes::from(vec![byte; BLOCK]))
 }
 
-/// A client that reads, validates or frees what was never written must not fill the process's
-/// memory: 16 GiB of a sparse volume took 1.25 GiB of a server that was given 32 MiB.
+/// If this fails, a client that reads, validates or frees what was never written fills the memory
+/// of the process: 16 GiB of a sparse volume took 1.25 GiB of a server that was given 32 MiB.
 #[test]
 fn absent_pages_take_no_memory() {
     let mut bench = Bench::open(&options());
@@ -115,7 +115,7 @@ fn fill_far(bench: &mut Bench) -> u64 {
     for at in (0..pages).step_by(8) {
         bench.commit(vec![], (at..at + 8).map(|n| (n * 64, put(n as u8))).collect());
     }
-    // What is dirty can't leave memory; how much may be is not asked here.
+    // What is dirty can't leave memory; how much may be dirty is not tested here.
     bench.ask(Request::Checkpoint);
     pages
 }
@@ -129,8 +129,8 @@ fn hot_hits(bench: &mut Bench, hot: u64) -> u64 {
     bench.shard().ctx.stats.cache_hits - before
 }
 
-/// If this fails, a store that has been read all over has no cache any more: map nodes took all of
-/// the memory, since they left it only when no page could, and pages that are read all the time
+/// If this fails, a store that has been read throughout has no cache any more: map nodes took all
+/// of the memory, since they left it only when no page could, and pages that are read all the time
 /// were read from the device each time.
 #[test]
 fn pages_in_use_stay_in_memory_when_a_large_volume_is_read_at_random() {
@@ -199,8 +199,8 @@ fn a_frame_is_had_for_a_few_looks_however_full_memory_is() {
     assert!(counts.looks <= 4 * counts.evicted + blocks, "{counts:?}");
 }
 
-/// Brings what `request` makes of 0, 1, 2 ... to each shard until none takes more; how many were
-/// taken.
+/// Brings the requests that `request` makes of 0, 1, 2 ... to each shard until none takes more;
+/// returns how many were taken.
 fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Request) -> u64 {
     let mut taken = 0;
     loop {
@@ -221,7 +221,7 @@ fn fill_with_requests(bench: &mut Bench, most: u64, request: impl Fn(u64) -> Req
     }
 }
 
-/// Laps until `count` requests are answered; then nothing of them is held any more.
+/// Runs laps until `count` requests are answered; then nothing of them is held any more.
 fn answer_all(bench: &mut Bench, count: u64) {
     for _ in 0..1_000_000 {
         if bench.all.replies.len() as u64 == count
@@ -251,7 +251,7 @@ fn answer_all(bench: &mut Bench, count: u64) {
 }
 
 /// If this fails, clients that validate many reads, or send large commits, take a multiple of the
-/// memory in requests under way: 4,096 requests, each naming as many absent pages as it may, were
+/// memory in requests in progress: 4,096 requests, each naming as many absent pages as it may, were
 /// 800 MiB in a shard of 2 MiB.
 #[test]
 fn requests_under_way_are_bounded_by_what_they_take() {
@@ -275,8 +275,8 @@ fn requests_under_way_are_bounded_by_what_they_take() {
     answer_all(&mut bench, taken);
 }
 
-/// If this fails, a legal commit waits for ever in front of a shard that has nothing to do, or
-/// shards wait for each other's budget.
+/// If this fails, a valid commit waits for ever for a shard that has nothing to do, or shards wait
+/// for each other's budget.
 #[test]
 fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     let geometry = Geometry { segment_bytes: 512 << 10, ..options().geometry };
@@ -296,7 +296,7 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
         assert_eq!(taken, 2, "one is more than the limit, and each shard takes one");
         answer_all(&mut bench, taken);
     }
-    // What one shard is asked by another leaves its own callers their budget.
+    // Requests of other shards leave a shard's own callers their budget.
     bench.all.request(ShardId::LEADER, Token(0), request(100));
     while bench.all.shards[1].requests.pending.is_empty() {
         bench.now += 50;
@@ -310,8 +310,8 @@ fn the_largest_commits_over_shards_are_taken_at_their_owners_cost() {
     answer_all(&mut bench, 1);
 }
 
-/// If this fails, a commit that is durable is told "outcome unknown" because something else failed
-/// in the same moment: its client does it twice.
+/// If this fails, a durable commit gets "outcome unknown" because something else failed in the same
+/// moment: its client repeats it.
 #[test]
 fn what_is_durable_is_answered_so_though_the_store_stops_in_the_same_moment() {
     let mut bench = Bench::open(&options());
@@ -341,8 +341,8 @@ fn what_is_durable_is_answered_so_though_the_store_stops_in_the_same_moment() {
     assert_eq!(replies(shard), [true]);
 }
 
-/// If this fails, reads hang in front of a store that has failed while a part of a commit over
-/// shards was in front: nobody votes for it any more, and no deadline is left.
+/// If this fails, reads hang in a store that has failed while a part of a commit over shards was in
+/// front: nothing votes for it any more, and no deadline is left.
 #[test]
 fn a_failure_ends_what_waits_for_a_part_in_front() {
     let mut bench = Bench::open(&options());
@@ -385,8 +385,8 @@ fn memory_is_frames_with_all_their_tables() {
     }
 }
 
-/// If this fails, whoever asked for a map node long ago waits behind all who asked later, where
-/// somebody young asked for his node first.
+/// If this fails, a request that needed a map node long ago waits behind all later ones, if a young
+/// request was the first to need its node.
 #[test]
 fn a_map_node_is_as_urgent_as_the_oldest_who_waits_for_it() {
     let mut bench = Bench::open(&options());

@@ -1,6 +1,6 @@
-//! What random overwriting costs: bytes written for each byte that a client wrote, by volume size,
-//! with the live share of the data space beside it. Whole shards on a disk in memory, driven by one
-//! thread: the same figures on every run.
+//! Measures the cost of random overwriting: bytes written for each byte that a client wrote, by
+//! volume size, and the live share of the data space. It runs whole shards on a disk in memory,
+//! driven by one thread: every run gives the same figures.
 //!
 //! If this fails, the cost of an overwrite grows with the size of the volume: a large volume is
 //! several times slower than a small one on the same device, and wears flash out several times
@@ -41,8 +41,8 @@ pub(super) struct MemoryDisk {
     files: BTreeMap<FileId, Vec<Block>>,
     done: Vec<Completion>,
     bytes_written: u64,
-    /// A block that reads as other bytes than were written, until it is written again; and how
-    /// often it was read.
+    /// A block that returns other bytes than were written, until it is written again; and how often
+    /// it was read.
     damaged: Option<(FileId, usize)>,
     damaged_reads: u64,
     /// A block of which every read fails.
@@ -137,7 +137,7 @@ pub(super) struct Volume {
     answered: u64,
 }
 
-/// What was written for each byte of the clients, and where it went.
+/// The bytes written for each byte of the clients, and where they went.
 #[derive(Debug)]
 #[expect(dead_code, reason = "printed")]
 struct Cost {
@@ -227,7 +227,7 @@ impl Volume {
         sum
     }
 
-    /// Overwrites pages at random, `count` in all, and tells what that took.
+    /// Overwrites `count` pages at random, and returns what that took.
     fn cost(&mut self, count: u64) -> Cost {
         let (before, bytes) = (self.stats(), self.disk.bytes_written);
         let mut live = 0.0;
@@ -261,7 +261,7 @@ fn scaled(scale: u64, memory_bytes: u64) -> Options {
     Options { geometry, memory_bytes: memory_bytes / scale, ..Options::default() }
 }
 
-/// What overwriting a volume of `gib` GiB costs, in a store `scale` times smaller in everything.
+/// The cost of overwriting a volume of `gib` GiB, in a store `scale` times smaller in everything.
 fn cost_of(gib: u64, fill_percent: u32, scale: u64) -> Cost {
     let options = Options { fill_percent, ..scaled(scale, 512 << 20) };
     let pages = (gib << 18) / scale;
@@ -274,8 +274,8 @@ fn cost_of(gib: u64, fill_percent: u32, scale: u64) -> Cost {
 /// large the volume is.
 #[test]
 fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
-    // Each so that about half of the space is live: a small store lets garbage be as its log is
-    // large beside it.
+    // About half of the space is live in each: a small store leaves garbage alone, since its log is
+    // large in comparison.
     let small = cost_of(1, 66, 32);
     let large = cost_of(8, 54, 32);
     for cost in [&small, &large] {
@@ -284,14 +284,14 @@ fn overwriting_costs_as_much_in_a_large_volume_as_in_a_small_one() {
     assert!((small.total - large.total).abs() <= 0.3, "1 GiB: {small:.2?}, 8 GiB: {large:.2?}");
 }
 
-/// What can't be read can't be moved. It is read once, and its extent is passed over until it is
+/// An unreadable page can't be moved. It is read once, and its extent is passed over until it is
 /// garbage: other extents are chosen.
 #[test]
 fn a_damaged_page_is_passed_over_once() {
     let options = scaled(64, 512 << 20);
     let mut volume = Volume::filled(&options, 1, 4096);
     volume.overwrite(3 * 4096);
-    // A page that is not in memory, and stands in a closed extent.
+    // A page that is not in memory, and is in a closed extent.
     let shard = &mut volume.all.shards[0];
     let victim = (0..4096)
         .map(|page| PageKey::new(VolumeId::new(1), PageId::new(page)))
@@ -327,8 +327,7 @@ fn a_damaged_page_is_passed_over_once() {
     volume.all.shards[0].audit().expect("counts are kept");
 }
 
-/// If this fails, one bad block of the device makes pages unreadable that lie beside it and are
-/// whole.
+/// If this fails, one bad block of the device makes whole pages next to it unreadable.
 #[test]
 fn a_page_that_cannot_be_read_costs_no_other() {
     let options = scaled(64, 128 << 20);

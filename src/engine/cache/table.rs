@@ -53,7 +53,7 @@ pub(in crate::engine) struct Page {
     pub loading: bool,
     /// Requests that need its entry to stay.
     pub holds: u32,
-    /// Those of them that need its bytes too.
+    /// Those requests that need its bytes too.
     pub data_holds: u32,
     /// Versions on their way to their places.
     pub versions: u32,
@@ -61,11 +61,11 @@ pub(in crate::engine) struct Page {
     pub image: Option<ImageIdx>,
     /// The first change that no [`PageVersion`](crate::engine::writeback::PageVersion) holds yet.
     pub dirty_from: Option<Lsn>,
-    /// Whether it is in the queue of the coalescer.
+    /// Whether it is in the queue of the write-back.
     pub queued: bool,
     /// Its map leaf, pinned.
     pub leaf: Option<NodeIdx>,
-    /// The checkpoint under way waits for this version to be in the map.
+    /// The checkpoint in progress waits for this version to be in the map.
     pub checkpoint_target: Lsn,
     /// The lock for commits over shards.
     pub hold: PageLock,
@@ -175,7 +175,7 @@ pub(in crate::engine) const ENTRY_BYTES: usize = size_of::<Page>() + 5 * 16 / 7 
 pub(in crate::engine) struct Resident {
     /// All of them.
     pub pages: u32,
-    /// Those whose bytes a request under way needs.
+    /// Those whose bytes a request in progress needs.
     pub held: u32,
 }
 
@@ -363,7 +363,7 @@ impl Table {
 
 impl Shard {
     /// Registers that pending request `waiter` needs page `idx`. Returns true if that is already
-    /// there; else the waiter is notified later.
+    /// there; otherwise the waiter is notified later.
     pub(in crate::engine) fn want(
         &mut self,
         idx: PageIdx,

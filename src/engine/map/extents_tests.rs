@@ -1,5 +1,5 @@
-//! The bookkeeping of extents against a simple model: places are handed out, named and left, with
-//! checkpoints in between whose steps are mixed with all of that.
+//! Compares the bookkeeping of extents with a simple model: places are handed out, named and given
+//! up, mixed with the steps of checkpoints.
 //!
 //! If this fails, a place is overwritten that a durable root names, the table counts what is not
 //! there, or space leaks.
@@ -17,37 +17,37 @@ const VSHARDS: u16 = 2;
 
 type Places = BTreeSet<BlockAddr>;
 
-/// A checkpoint under way.
+/// A checkpoint in progress.
 #[derive(Default)]
 struct Checkpoint {
-    /// What the new root of each captured virtual shard names.
+    /// The places that the new root of each captured virtual shard names.
     captured: BTreeMap<u16, Places>,
-    /// Free again when it ends.
+    /// Places that are free again when it ends.
     retiring: Vec<BlockAddr>,
 }
 
 struct Model {
     extents: Extents,
-    /// What the map in memory names, pages and nodes.
+    /// The places that the map in memory names, of pages and nodes.
     now: [Places; VSHARDS as usize],
-    /// Of those the nodes, which only a capture names or leaves.
+    /// The nodes among them, which only a capture names or gives up.
     nodes: [Places; VSHARDS as usize],
-    /// Handed out for nodes that the next capture names.
+    /// Places handed out for nodes that the next capture names.
     unpublished: [Places; VSHARDS as usize],
-    /// What the durable roots name.
+    /// The places that the durable roots name.
     durable: [Places; VSHARDS as usize],
-    /// Left since, for the next checkpoint to retire.
+    /// Places given up since, which the next checkpoint retires.
     pending_free: Vec<BlockAddr>,
     died: u64,
     checkpoint: Option<Checkpoint>,
-    /// What each place holds, for the summaries.
+    /// The content of each place, for the summaries.
     items: BTreeMap<BlockAddr, ItemKind>,
     /// Places handed out of the extents in use, and which of these have their last summary.
     handed: BTreeMap<ExtentNo, u32>,
-    /// So many of them were there when the last summary was encoded.
+    /// The number of them when the last summary was encoded.
     summarized: BTreeMap<ExtentNo, u32>,
     closed: BTreeSet<ExtentNo>,
-    /// Given to others.
+    /// Extents given to other shards.
     given: Vec<ExtentNo>,
     lsn: u64,
 }
@@ -72,7 +72,7 @@ impl Model {
         }
     }
 
-    /// Places whose bytes somebody may still read.
+    /// Places whose bytes may still be read.
     fn protected(&self) -> impl Iterator<Item = &BlockAddr> {
         let captured = self.checkpoint.iter().flat_map(|c| c.captured.values());
         self.now.iter().chain(&self.durable).chain(&self.unpublished).chain(captured).flatten()
@@ -156,7 +156,8 @@ impl Model {
         self.extents.summary_written(no);
     }
 
-    /// The new root of a virtual shard names the new nodes, and some of the older ones no more.
+    /// Captures a virtual shard: its new root names the new nodes, and no longer names some of the
+    /// older ones.
     fn capture(&mut self, vshard: u16) {
         let i = usize::from(vshard);
         let named = std::mem::take(&mut self.unpublished[i]);
@@ -174,7 +175,7 @@ impl Model {
         checkpoint.captured.insert(vshard, self.now[i].clone());
     }
 
-    /// The next step of a checkpoint, or its begin.
+    /// Takes the next step of a checkpoint, or begins one.
     fn advance(&mut self, pick: u16) {
         let Some(checkpoint) = &self.checkpoint else {
             self.extents.begin_checkpoint();
@@ -222,7 +223,7 @@ impl Model {
         }
     }
 
-    /// Free extents go to another shard, or come back.
+    /// Gives free extents to another shard, or takes them back.
     fn change_homes(&mut self, count: usize) {
         if self.given.is_empty() {
             let free = self.extents.space().free as usize;
@@ -236,7 +237,7 @@ impl Model {
         self.given.iter().for_each(|no| assert!(!self.extents.is_mine(*no)));
     }
 
-    /// Sums, and what compaction goes by.
+    /// Checks the sums, and the counts by which compaction chooses.
     fn check(&self) {
         let of = |places: &mut dyn Iterator<Item = &BlockAddr>| {
             let mut by_extent: BTreeMap<ExtentNo, u32> = BTreeMap::new();
@@ -312,8 +313,8 @@ proptest! {
             model.check();
         }
         model.finish_checkpoint();
-        // With no page named any more, two checkpoints give everything back but the extents that
-        // are open and those of the nodes.
+        // Once no page is named any more, two checkpoints give back everything but the open extents
+        // and those of the nodes.
         for vshard in 0..VSHARDS {
             let pages = &model.now[usize::from(vshard)] - &model.nodes[usize::from(vshard)];
             pages.iter().for_each(|_| model.leave(vshard, 0));
@@ -332,8 +333,8 @@ proptest! {
     }
 }
 
-/// If this fails, a summary that no honest writer makes is a panic while the store is opened, where
-/// its extent should be left to `verify`.
+/// If this fails, a summary that no correct writer makes causes a panic while the store is opened,
+/// where its extent should be left to `verify`.
 #[test]
 fn a_summary_that_lists_a_block_twice_is_not_gone_on_with() {
     let row = TableRow { state: 1, live: 1.into(), ..TableRow::default() };

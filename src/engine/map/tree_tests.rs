@@ -1,5 +1,5 @@
-//! The page map against a simple one: any order of changes, checkpoints, evictions and reopenings,
-//! also between the moment at which a node is asked for and its arrival.
+//! Compares the page map with a simple one: any order of changes, checkpoints, evictions and
+//! reopenings, even between the request for a node and its arrival.
 //!
 //! If this fails, a page is lost, an old version comes back, or a scan misses a page; or places
 //! leak.
@@ -20,8 +20,8 @@ mod growth;
 const VSHARDS: u16 = 4;
 const CHILDREN: usize = BLOCK / size_of::<Child>();
 
-/// The map under test, the nodes that it has written and that are not retired, and what it should
-/// say.
+/// The map under test, the nodes that it has written and that are not retired, and the expected
+/// entries.
 struct Store {
     map: Map,
     arena: Arena,
@@ -80,7 +80,7 @@ impl Store {
         }
     }
 
-    /// Asks for a node, or joins those who have.
+    /// Requests a node, or joins those that have.
     fn begin_read(&mut self, at: NodeKey, child: Child) {
         if self.reads.iter().any(|read| read.at == at) {
             return;
@@ -94,7 +94,7 @@ impl Store {
         self.reads.push(Reading { at, child, bytes, parent });
     }
 
-    /// One of the nodes that are being read arrives.
+    /// Lets one of the nodes that are being read arrive.
     fn arrive(&mut self, which: usize) {
         let Reading { at, child, bytes, parent } = self.reads.swap_remove(which);
         let frame = fresh(&mut self.arena, &bytes);
@@ -109,7 +109,7 @@ impl Store {
         self.audit();
     }
 
-    /// Asks for a node and waits for it, without the others.
+    /// Requests a node and waits for it, but not for the others.
     fn load(&mut self, at: NodeKey, child: Child) {
         self.begin_read(at, child);
         let which = self.reads.iter().position(|read| read.at == at).expect("it is being read");
@@ -120,7 +120,7 @@ impl Store {
         self.map.audit().expect("the map's counts are right");
     }
 
-    /// Nodes that reads under way keep in memory.
+    /// Nodes that reads in flight keep in memory.
     fn parents(&self) -> BTreeSet<NodeIdx> {
         self.reads.iter().filter_map(|read| read.parent).collect()
     }
@@ -146,7 +146,7 @@ impl Store {
         self.check(key);
     }
 
-    /// Changes an entry, all nodes on whose path that there are have been looked up.
+    /// Changes an entry; all existing nodes on its path have been looked up.
     fn change(&mut self, key: PageKey, present: bool) {
         let (missing, path_len) = (self.map.missing_nodes(key), self.map.path_len(key));
         let (free, dirty) = (self.arena.free_blocks(), self.map.dirty_count());
@@ -219,7 +219,7 @@ impl Store {
         assert_eq!(self.map.dirty_count(), 0);
     }
 
-    /// From what is written alone, as after a crash behind a checkpoint.
+    /// Opens the map from written nodes alone, as after a crash that follows a checkpoint.
     fn reopen(&mut self) {
         self.capture_all();
         let root = |vshard| {
@@ -311,8 +311,8 @@ impl Store {
         reached
     }
 
-    /// Each node that is written and not retired hangs in a tree: else its place is never free
-    /// again.
+    /// Checks that each node that is written and not retired is in a tree: otherwise its place is
+    /// never free again.
     fn check_leaks(&mut self) {
         let places: BTreeSet<BlockAddr> = self.written().values().map(Child::place).collect();
         assert_eq!(places, self.nodes.keys().copied().collect(), "nodes that nothing names");
@@ -380,8 +380,8 @@ impl Store {
             0..4 => self.set(key, true),
             4 => self.set(key, false),
             5 => self.come_to_nothing(key),
-            // Whoever looks up, walks or moves asks for the first node that is missing, and others
-            // go on meanwhile.
+            // A lookup, a walk or a move requests the first node that is missing, and others
+            // continue meanwhile.
             6..10 => {
                 if let Lookup::Load(at, child) = self.map.lookup(key) {
                     self.begin_read(at, child);
@@ -423,7 +423,7 @@ impl Store {
         }
     }
 
-    /// All goes that can: as much as was counted before.
+    /// Evicts everything that can go: as much as was counted before.
     fn evict_all(&mut self) {
         let idle = self.map.idle();
         let counted = idle.len() as u32 + self.map.idle_above(&idle);
@@ -434,7 +434,7 @@ impl Store {
         assert_eq!(evicted, counted, "{} could go at first", idle.len());
     }
 
-    /// A commit is admitted and changes nothing, as one that frees a page that is absent.
+    /// Admits a commit that changes nothing, like one that frees an absent page.
     fn come_to_nothing(&mut self, key: PageKey) {
         self.check(key);
         let leaf = self.map.pin(key, &mut self.arena);
@@ -442,7 +442,7 @@ impl Store {
         self.audit();
     }
 
-    /// A tree becomes small again, and its top is asked for.
+    /// Makes a tree small again, and requests its top.
     fn replant(&mut self, pick: u16) {
         let low = growing(pick & !7);
         (0..8).for_each(|page| self.set(growing(pick & !7 | page), false));
@@ -493,7 +493,7 @@ proptest! {
         keys.into_iter().for_each(|key| store.check(key));
         store.check_scans();
         store.check_leaks();
-        // All that is freed leaves nothing behind.
+        // Everything that is freed leaves nothing behind.
         let keys: Vec<PageKey> = store.model.keys().copied().collect();
         keys.into_iter().for_each(|key| store.set(key, false));
         store.check_leaks();

@@ -1,5 +1,5 @@
-//! Opening, closing and crashing one shard on the simulated disk: the plain paths. The hard ones
-//! are the simulator's (`sim/`).
+//! Opens, closes and crashes one shard on the simulated disk: these are the plain paths. The
+//! simulator tests the hard ones (`sim/`).
 
 mod creation;
 pub(crate) mod growth;
@@ -23,7 +23,7 @@ struct Driver {
     shard_map: ShardMap,
     now: Micros,
     token: u64,
-    /// The shards' counts are counted anew with each answer.
+    /// The counts of the shards are recounted at each answer.
     audits: bool,
 }
 
@@ -104,7 +104,7 @@ impl Driver {
         self.disk.advance_to(self.now);
     }
 
-    /// Several under way at once; all must succeed.
+    /// Runs several requests at once; all must succeed.
     fn commit_together(&mut self, commits: Vec<Commit>) {
         let count = commits.len();
         commits.into_iter().for_each(|commit| _ = self.begin(Request::Commit(commit)));
@@ -208,7 +208,7 @@ fn the_log_has_buffers_for_all_that_can_be_under_way() {
 }
 
 /// Commits of the largest size, as patches, which go through the log whole: there are buffers for
-/// each, whatever else is under way.
+/// each, whatever else is in progress.
 #[test]
 fn commits_of_the_largest_size_all_go_through() {
     let geometry = crate::Geometry { segment_bytes: 1 << 20, ..options().geometry };
@@ -260,7 +260,8 @@ fn what_a_large_store_has_logged_is_redone_in_little_memory() {
 }
 
 /// A device may return other bytes at the second read than at the first. What the redo reads is
-/// judged like what the scan read: else a caller gets bytes that nobody wrote (contract 5).
+/// judged like what the scan read: otherwise a caller gets bytes that were never written (contract
+/// 5).
 #[test]
 fn what_the_redo_reads_is_checked_as_the_scan_has_checked_it() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
@@ -288,7 +289,7 @@ fn a_superblock_copy_that_cannot_be_read_keeps_no_store_closed() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
     d.commit(vec![(key(1), put(7))]);
     assert!(matches!(d.ask(Request::Close), Ok(Response::Closed)));
-    // All are read to see whether there is a store, and once more to use it.
+    // All copies are read to see whether there is a store, and again to use it.
     for reads in 0..8 {
         let disk = d.disk.crash(Loss::Nothing, &mut Rng::new(1));
         disk.inject(Fault::once(OpKind::Read, Area::File(FileId::Meta), reads));
@@ -301,7 +302,7 @@ fn a_superblock_copy_that_cannot_be_read_keeps_no_store_closed() {
     }
 }
 
-/// A failed flush may have lost pages that the kernel goes on showing. An opening that finds their
+/// A failed flush may have lost pages that the kernel still shows. An opening that finds their
 /// commit must not rely on what it sees: a power cut would take pages that were served since.
 #[test]
 fn pages_that_a_failed_flush_has_lost_are_written_again() {
@@ -334,7 +335,8 @@ fn checkpoint_before_the_last(disk: &mut SimDisk) -> Lsn {
     all.request(ShardId::LEADER, Token(1), Request::Checkpoint);
     let mut now = disk.now();
     while all.replies.is_empty() {
-        // Not a lap more: the checkpoint that ends the recovery would make the logs superfluous.
+        // It must not run a lap more: the checkpoint that ends the recovery would make the logs
+        // superfluous.
         now += 50;
         all.poll_once(disk, now);
         disk.advance_to(now);
@@ -408,8 +410,8 @@ fn what_a_failed_flush_has_lost_of_the_log_is_written_again() {
     assert!(doomed > 0, "nothing was lost");
 }
 
-/// What is longer than one operation reads (a group with a large commit, the table of a large
-/// store) is put together in order.
+/// Reads longer than one operation (a group with a large commit, the table of a large store) are
+/// put together in order.
 #[test]
 fn a_long_read_is_put_together_in_order() {
     let (mut disk, mut arena) = (SimDisk::new(1), Arena::new(READ_BLOCKS).unwrap());
@@ -453,7 +455,7 @@ fn overwriting_reclaims_space_and_log() {
     }
 }
 
-/// Readers that keep their pages must not make others wait for ever: they are told.
+/// Readers that keep their pages must not make others wait for ever: they get `Busy`.
 #[test]
 fn memory_in_the_hands_of_readers_is_busy_and_comes_back() {
     let (mut d, _) = Driver::open(SimDisk::new(3));
@@ -533,7 +535,7 @@ fn check(d: &mut Driver, n: u64, key: PageKey, model: &std::collections::BTreeMa
     assert!(bytes[8..].iter().all(|b| *b == fill), "page {n}");
 }
 
-/// Doctor says how much room a new store takes, and has no other way to know.
+/// `doctor` reports how much room a new store takes, and has no other way to know.
 #[test]
 fn a_new_store_takes_the_room_that_is_told() {
     for shards in [1, 2] {

@@ -1,9 +1,10 @@
-//! Trees that grow, shrink and are emptied while nodes of theirs are on their way from the device.
+//! Trees that grow, shrink and are emptied while some of their nodes are on the way from the
+//! device.
 
 use super::*;
 
-/// If this fails, a node that was read while its tree grew is taken for the top of it: the next
-/// change overwrites the root, and all that the tree above it names is lost, checkpointed or not.
+/// If this fails, a node that was read while its tree grew is taken for its top: the next change
+/// overwrites the root, and everything that the tree above it names is lost, checkpointed or not.
 #[test]
 fn a_node_that_arrives_late_is_part_of_its_tree_or_dropped() {
     let cases = if cfg!(miri) { 2 } else { 384 };
@@ -22,7 +23,7 @@ fn a_node_that_arrives_late_is_part_of_its_tree_or_dropped() {
         store.reopen();
         (0..24).for_each(|pick| store.check(growing(pick)));
         store.check_leaks();
-        // Of what is freed nothing is left, whether or not it was there.
+        // Nothing is left of what is freed, whether or not it was there.
         let (there, absent): (Vec<_>, Vec<_>) =
             (0..24).map(growing).partition(|key| store.model.contains_key(key));
         there.into_iter().for_each(|key| store.set(key, false));

@@ -1,11 +1,11 @@
-//! When a new store is made, and when what is there is left alone.
+//! Tests when a new store is made, and when existing files are left alone.
 
 use super::*;
 use crate::base::SegmentNo;
 use crate::io::Completion;
 
-/// Copies the files of `from` without those in `missing`, and with those in `emptied` cut to a
-/// block of zeros.
+/// Copies the files of `from` except those in `missing`, and cuts those in `emptied` to a block of
+/// zeros.
 pub(super) fn copy_of(from: &mut SimDisk, missing: &[FileId], emptied: &[FileId]) -> SimDisk {
     let mut to = SimDisk::new(9);
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
@@ -96,7 +96,7 @@ fn a_creation_that_a_crash_has_cut_short_begins_anew() {
         if begin(&mut disk, &options(), 2, 7, 0).is_ok() {
             break;
         }
-        // Twice, the second time while it begins anew.
+        // Twice, the second time while it starts over.
         for round in 0..2 {
             let mut out: Vec<Completion> = Vec::new();
             disk.reap(&mut out);

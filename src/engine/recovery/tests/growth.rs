@@ -1,5 +1,5 @@
-//! Logs that get longer: when they do, what a crash or a full disk makes of it, and what is taken
-//! for damage.
+//! Logs that get longer: when they do, the effects of a crash or a full disk, and what is taken for
+//! damage.
 
 use super::*;
 use crate::base::SegmentNo;
@@ -10,12 +10,12 @@ use std::collections::BTreeMap;
 
 /// Commits with which the logs of two shards go round several times.
 const COMMITS_ENOUGH: u64 = 120;
-/// Commits after which each log has all its segments, at the latest.
+/// The most commits until each log has all its segments.
 const COMMITS_MAX: u64 = 2_000;
 /// Sets of four pages that are written again and again.
 const SETS: u64 = 32;
 
-/// What each set of pages holds, as far as it is known.
+/// The content of each set of pages, as far as it is known.
 struct Model {
     rng: Rng,
     written: BTreeMap<u64, u8>,
@@ -24,7 +24,7 @@ struct Model {
     commits: u64,
 }
 
-/// The pages of a set: all of one virtual shard, each set of another one than the one before.
+/// The pages of a set: all of one virtual shard, which differs from that of the set before.
 fn pages(set: u64) -> impl Iterator<Item = PageKey> {
     (0..4).map(move |i| key((set % 8) << 9 | (set / 8 * 4 + i)))
 }
@@ -34,11 +34,11 @@ impl Model {
         Model { rng: Rng::new(7), written: BTreeMap::new(), in_doubt: None, commits: 0 }
     }
 
-    /// One more commit, small enough to be written into the log whole.
+    /// Runs another commit, small enough to be written into the log whole.
     fn write(&mut self, d: &mut Driver) -> Result<()> {
         self.commits += 1;
-        // By chance: shards that take turns would have each of their checkpoints begun by the same
-        // one.
+        // In random order: if shards took turns, the same one would begin each of their
+        // checkpoints.
         let (set, byte) = (self.rng.below(SETS), self.commits as u8);
         let changes = pages(set).map(|key| (key, put(byte))).collect();
         match d.ask(Request::Commit(Commit { reads: vec![], changes, durable: true })) {
@@ -66,7 +66,7 @@ impl Model {
         }
     }
 
-    /// All that was acknowledged is there.
+    /// Checks that everything acknowledged is there.
     fn check(&mut self, d: &mut Driver, what: &str) {
         let in_doubt = self.in_doubt.take();
         for set in 0..SETS {
@@ -86,7 +86,7 @@ impl Model {
     }
 }
 
-/// A store on its own disk, to be crashed and opened again.
+/// A store on its own disk, which can be crashed and opened again.
 fn crash(d: &Driver, loss: Loss, seed: u64) -> SimDisk {
     d.disk.crash(loss, &mut Rng::new(seed))
 }
@@ -98,7 +98,7 @@ fn segments(d: &Driver) -> Vec<u64> {
 /// Segments that the newest superblock counts, of each log.
 fn counted(disk: &SimDisk) -> Vec<u32> {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
-    // Of an image: the disk may be in use.
+    // Read from an image, since the disk may be in use.
     let mut image = disk.crash(Loss::Everything, &mut Rng::new(1));
     let found = find_superblock(&mut image, &mut arena).expect("a superblock");
     found.superblock.logs.iter().map(|log| log.segments_made).collect()
@@ -112,8 +112,8 @@ fn files(disk: &SimDisk, shard: u16) -> usize {
         .count()
 }
 
-/// Makes all superblock copies count so many segments of each log; zero, as stores had it from
-/// before logs grew.
+/// Makes all superblock copies count this many segments of each log; zero as in stores from before
+/// logs grew.
 fn recount(disk: &mut SimDisk, segments: u32) {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
     for copy in 0..4 {
@@ -134,14 +134,14 @@ fn recount(disk: &mut SimDisk, segments: u32) {
         .expect("it is flushed");
 }
 
-/// The error with which a store is not opened, and nothing of it changed.
+/// The error of an opening that fails and changes nothing.
 fn refusal(disk: &mut SimDisk, shards: u16) -> Error {
     begin(disk, &options(), shards, 7, 0).map(drop).expect_err("it is not opened")
 }
 
-/// If this fails, a new store takes gigabytes before anything is in it, or one that is used has a
-/// checkpoint for every few megabytes for ever; or the room that a log has taken is asked for again
-/// at each opening.
+/// If this fails, a new store takes gigabytes before anything is in it, or a used one has a
+/// checkpoint for every few megabytes for ever; or each opening requests again the room that a log
+/// has taken.
 #[test]
 fn a_log_gets_longer_when_it_is_used() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
@@ -160,7 +160,7 @@ fn a_log_gets_longer_when_it_is_used() {
     let (mut d, report) = Driver::open_shards(closed, &options(), 2);
     assert!(report.clean && segments(&d) == [4, 4]);
     model.check(&mut d, "after a close");
-    // A shard that comes in begins small, one that goes takes its log with it.
+    // A shard that is added begins small, and one that is removed takes its log with it.
     for (shards, expected) in [(1, vec![4]), (2, vec![4, 2])] {
         d = Driver::open_shards(crash(&d, Loss::Everything, 2), &options(), shards).0;
         assert_eq!(
@@ -170,14 +170,14 @@ fn a_log_gets_longer_when_it_is_used() {
         model.check(&mut d, "with another number of shards");
         model.fill(&mut d, 3);
     }
-    // Files of a log that went stay, and are made anew for one that comes.
+    // Files of a removed log stay, and are made again for an added one.
     model.fill_until(&mut d, &[4, 4], "with a shard that came in");
     let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, 3), &options(), 2);
     model.check(&mut d, "at the end");
 }
 
-/// Cuts the power after so many events of a store whose logs get longer; whether a file was there
-/// that no superblock counted, or `None` if there were fewer events.
+/// Cuts the power after this many events of a store whose logs get longer; returns whether there
+/// was a file that no superblock counted, or `None` if there were fewer events.
 fn cut_power(events: u64) -> Option<bool> {
     let (mut d, _) = Driver::open_shards(SimDisk::new(events), &options(), 2);
     let mut model = Model::new();
@@ -193,7 +193,7 @@ fn cut_power(events: u64) -> Option<bool> {
         (0..2).any(|shard| files(&disk, shard) > counted(&disk)[usize::from(shard)] as usize);
     let (mut d, _) = Driver::open_shards(disk, &options(), 2);
     model.check(&mut d, &what);
-    // It goes on growing where it was cut short.
+    // It continues to grow where it was interrupted.
     model.fill_until(&mut d, &[4, 4], &what);
     let (mut d, _) = Driver::open_shards(crash(&d, Loss::Everything, events), &options(), 2);
     model.check(&mut d, &what);
@@ -222,7 +222,7 @@ fn a_crash_at_any_event_of_a_growth_loses_nothing() {
 }
 
 /// If this fails, a store on a full disk stops, or loses what it acknowledges, because its log
-/// could not get longer; or it asks the file system again and again.
+/// could not get longer; or it tries the file system again and again.
 #[test]
 fn a_log_that_can_not_get_longer_stays_as_it_is() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
@@ -243,8 +243,8 @@ fn a_log_that_can_not_get_longer_stays_as_it_is() {
     model.fill_until(&mut d, &[4], "with room again");
 }
 
-/// The log of one shard can't get longer, or by one segment only: that of the other does, and
-/// nothing is lost.
+/// If the log of one shard can't get longer, or only by one segment, the other's does, and nothing
+/// is lost.
 fn one_of_two_fails() {
     for (no, expected) in [(2, 2), (3, 3)] {
         let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 2);
@@ -287,7 +287,7 @@ fn a_store_from_before_logs_grew_has_all_its_segments() {
     assert_eq!((segments(&d), counted(&d.disk)), (vec![4, 4], vec![4, 4]));
 }
 
-/// If this fails, a store of which a part of the log is gone is opened without it, in silence.
+/// If this fails, a store that has lost a part of its log is silently opened without it.
 #[test]
 fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
     let (mut d, _) = Driver::open_shards(SimDisk::new(1), &options(), 1);
@@ -313,7 +313,7 @@ fn a_log_that_is_not_as_long_as_the_superblock_says_is_refused() {
         recount(&mut disk, nonsense);
         assert_eq!(refusal(&mut disk, 1).kind(), ErrorKind::Corrupt, "{nonsense} segments");
     }
-    // Fewer than are in use: an older superblock, since the newest was lost.
+    // Fewer than are in use: an older superblock counts, since the newest was lost.
     let mut disk = crash(&d, Loss::Everything, 1);
     recount(&mut disk, 2);
     let lost = refusal(&mut disk, 1);
@@ -330,7 +330,7 @@ fn a_log_file_that_is_not_in_use_and_can_not_be_read_keeps_no_store_closed() {
     let mut model = Model::new();
     model.fill(&mut d, 5);
     let mut disk = crash(&d, Loss::Everything, 1);
-    // What a growth before the crash has left.
+    // A file that a growth before the crash has left.
     let file = FileId::Log(ShardId::LEADER, SegmentNo::new(2));
     execute(&mut disk, DiskOp::Allocate { file, from: 0, to: options().geometry.segment_bytes })
         .expect("there is room");
@@ -338,7 +338,7 @@ fn a_log_file_that_is_not_in_use_and_can_not_be_read_keeps_no_store_closed() {
     let (mut d, _) = Driver::open_shards(disk, &options(), 1);
     assert_eq!(d.disk.counters().faults_read, 1);
     model.check(&mut d, "beside a file that can't be read");
-    // In a file that is in use it is another matter.
+    // An unreadable block in a file that is in use is an error.
     let mut disk = crash(&d, Loss::Everything, 1);
     let used = FileId::Log(ShardId::LEADER, SegmentNo::new(0));
     disk.inject(Fault::once(OpKind::Read, Area::File(used), 0));
@@ -355,7 +355,7 @@ fn the_log_of_a_new_shard_is_durable_before_the_superblock_counts_it() {
         model.fill(&mut d, 5);
         assert!(!is_clean || matches!(d.ask(Request::Close), Ok(Response::Closed)));
         let mut disk = crash(&d, Loss::Everything, 1);
-        // As long as they must be, and not flushed.
+        // As long as they must be, but not flushed.
         let mut arena = Arena::new(READ_BLOCKS).expect("memory");
         let left = (0..SEGMENTS_FIRST).map(|no| FileId::Log(ShardId::new(1), SegmentNo::new(no)));
         for file in left.clone() {

@@ -24,7 +24,8 @@ fn lives(count: usize, shards_count: u16, pages: u64, end: EndOf) -> Vec<u64> {
         let changes =
             || (first..first + pages).map(|page| (key(page << 7), put(life as u8))).collect();
         model.extend((first..first + pages).map(|page| (page, life as u8)));
-        // A commit over shards does not wait for space that is being made: it is to be tried again.
+        // A commit over shards does not wait for space that is being made: its caller must try
+        // again.
         let mut tries = (0..100).map(|_| {
             d.ask(Request::Commit(Commit { reads: vec![], changes: changes(), durable: true }))
         });
@@ -78,20 +79,20 @@ fn short_lives_give_back_what_they_took() {
 #[test]
 fn an_opening_that_is_refused_for_memory_says_so() {
     let (mut d, _) = Driver::open(SimDisk::new(1));
-    // So few that no checkpoint has come: no node of the map has to be read.
+    // So few pages that no checkpoint has come: no map node has to be read.
     d.commit((0..4).map(|i| (key(i), put(1))).collect());
     let mut disk = d.disk.crash(Loss::Everything, &mut Rng::new(1));
     let opening = begin(&mut disk, &options(), 1, 7, 0).expect("the store can be opened");
     let mut all = LocalCluster::new(opening.shards);
     let (mut taken, mut now) = (Vec::new(), disk.now());
-    // Something else has all the memory, from the moment at which the log is being read.
+    // Something else has all the memory from the moment at which the log is read.
     let failure = (0..10_000).find_map(|_| {
         now += 5_000;
         if taken.is_empty() || all.shards[0].ops_under_way() > 0 {
             all.poll_once(&mut disk, now);
             disk.advance_to(now);
         } else {
-            // As a shard's thread does: one turn, and then it asks.
+            // Like a shard's thread: one turn, and then it asks.
             all.shards[0].turn(now);
         }
         let shard = &mut all.shards[0];

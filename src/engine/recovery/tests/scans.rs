@@ -1,5 +1,5 @@
-//! What an opening sees of damage to the logs: all that is left of them is looked at before a gap
-//! is taken for their end.
+//! Damage to the logs, as an opening sees it: everything that is left of them is examined before a
+//! gap is taken for their end.
 
 use super::*;
 use crate::base::error::ErrorKind;
@@ -14,8 +14,8 @@ fn short_segments() -> Options {
     Options { geometry, ..options() }
 }
 
-/// A disk as a crash has left it: the store has logged for a while, with checkpoints between, and
-/// some commits were under way.
+/// A disk as a crash has left it: the store has logged for a while, with checkpoints in between,
+/// and some commits were in progress.
 fn crashed(seed: u64) -> SimDisk {
     let mut rng = Rng::new(seed);
     let shards_count = 1 + (seed % 2) as u16;
@@ -88,7 +88,7 @@ fn damage(disk: &SimDisk, rng: &mut Rng) -> String {
 }
 
 /// The highest watermark that is still recorded anywhere in the store: each block of each log is
-/// looked at by itself.
+/// examined by itself.
 fn recorded_watermark(disk: &SimDisk, superblock: &Superblock) -> Lsn {
     let segment_blocks = (superblock.geometry.segment_bytes / BLOCK as u64) as u32;
     let mut watermark = superblock.watermark;
@@ -157,8 +157,8 @@ pub(crate) fn examined() -> std::result::Result<(), String> {
     examine_all(1..=20, 40).map(drop)
 }
 
-/// If this fails, a store that is opened after a crash and damage to its log loses durable commits
-/// without a word, though a block that was left records that they were durable (contract 5).
+/// If this fails, a store that is opened after a crash and damage to its log silently loses durable
+/// commits, although a remaining block records that they were durable (contract 5).
 #[test]
 fn a_gap_is_the_end_of_a_log_only_after_every_block_was_examined() {
     let seeds =

@@ -1,8 +1,8 @@
-//! Reads that take so long that the store goes on without them: commits, checkpoints and evictions
-//! come in between.
+//! Reads that take so long that the store continues without them: commits, checkpoints and
+//! evictions come in between.
 //!
 //! If these fail, a page that was acknowledged as durable, and checkpointed, is gone; or `verify`
-//! is silent about it; or somebody who reads a page as freed can't wait until that is durable.
+//! is silent about it; or a client that reads a page as freed can't wait until that is durable.
 
 use super::*;
 use crate::engine::PageRange;
@@ -11,7 +11,7 @@ use crate::testing::sim::Canary;
 use crate::testing::sim::canary::{plant, take_fired};
 use crate::testing::sim::disk::Latency;
 
-/// So long that nothing arrives before time is moved on.
+/// So long that nothing arrives before time is advanced.
 const HELD_BACK_US: Micros = 1 << 40;
 /// Pages of another volume, each in a leaf of its own: they take all memory when they are read.
 const OTHERS: u64 = 1_500;
@@ -34,7 +34,7 @@ impl Driver {
         }
     }
 
-    /// Asks for something of which the reads at the device are held back.
+    /// Makes a request whose reads at the device are held back.
     fn begin_slowly(&mut self, request: Request) -> Token {
         let slow = (HELD_BACK_US, HELD_BACK_US);
         self.disk.set_latency(Latency { read: slow, ..Latency::default() });
@@ -87,7 +87,7 @@ fn grow_under(request: Request) -> (SimDisk, u64) {
     (d.disk, overtaken)
 }
 
-/// What needs the node: a reader, a commit, a walk.
+/// The request that needs the node: a read, a commit or a walk.
 fn requests() -> [Request; 3] {
     let (first, last) = (PageId::new(0), PageId::new(50));
     [
@@ -114,7 +114,7 @@ fn a_tree_that_grows_while_its_top_is_read_loses_nothing() {
     }
 }
 
-/// A store that has lost a page in this way says which.
+/// Checks that `verify` names a page that was lost in this way.
 #[test]
 fn verify_names_the_page_that_no_root_reaches() {
     let [reader, commit, _] = requests();
@@ -138,8 +138,8 @@ fn verify_names_the_page_that_no_root_reaches() {
     }
 }
 
-/// A page that is read as absent names the commit that freed it as long as that is not durable: its
-/// reader can wait for it. A transaction that has read it is valid all the same.
+/// A page that is read as absent names the commit that freed it as long as that is not durable, so
+/// that its reader can wait for it. A transaction that has read it is valid all the same.
 #[test]
 fn a_free_that_is_not_durable_is_told_to_readers() {
     let (mut d, _) = Driver::open(SimDisk::new(1));

@@ -1,11 +1,12 @@
-//! What superblocks and the extent table may say, and what an opening does about it.
+//! Superblocks and extent tables with valid and impossible contents, and what an opening does about
+//! them.
 
 use super::*;
 use crate::format::extent::{TableRow, encode_table, table_crc, table_offset};
 
-/// Between the two writes of a superblock's generation the second copy is two generations old: that
-/// one is named, and no other, and an opening writes it before it overwrites what the generation
-/// before needs.
+/// Between the two writes of a superblock's generation the second copy is two generations old: only
+/// that copy is reported, and an opening writes it before it overwrites what the generation before
+/// needs.
 #[test]
 fn a_superblock_copy_left_behind_is_named_and_written() {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
@@ -43,8 +44,8 @@ fn a_superblock_copy_left_behind_is_named_and_written() {
 }
 
 /// If this fails, a store whose superblock or extent table says what no store can mean, with
-/// checksums that hold (another program, a forged image), is a panic while it is opened, or later
-/// while it is served, where an error should name it.
+/// checksums that hold (another program, a forged image), causes a panic while it is opened, or
+/// later while it is served, where an error should name it.
 #[test]
 fn what_no_store_can_count_is_refused_when_it_is_opened() {
     let mut arena = Arena::new(READ_BLOCKS).expect("memory");
@@ -81,7 +82,7 @@ fn what_no_store_can_count_is_refused_when_it_is_opened() {
         let error = refused(&superblock, &table).expect("it counts to the end");
         assert_eq!(error.kind(), crate::ErrorKind::Corrupt, "{error}");
     }
-    // Of one root, and of all: commits that no log holds and that were never made.
+    // In one root, and in all: commits that no log holds and that were never made.
     for forged in [1, honest.vshards.len()] {
         let mut vshards = honest.vshards.clone();
         vshards[..forged].iter_mut().for_each(|vshard| vshard.redo_lsn = honest.next_lsn);
