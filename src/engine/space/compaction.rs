@@ -124,8 +124,7 @@ impl Compactor {
 #[derive(Default)]
 pub(in crate::engine) struct Moves {
     asked: VecDeque<Asked>,
-    /// Map nodes that wait for a read of themselves, or of a node above; counted in
-    /// `Reservations::moves`.
+    /// Map nodes that wait for a read, of themselves or above; part of `Reservations::moves`.
     reading: IndexedSlab<NodeMoveIdx, Asked>,
 }
 
