@@ -152,7 +152,7 @@ impl PageRef {
         PageRef { pin: Some(pin).filter(|_| self.frame.is_some()), ..self }
     }
 
-    /// Whether the page was never written, or was freed. Its bytes are zeros then.
+    /// Whether the page was never written, or was freed. Then its bytes are zeros.
     pub fn is_absent(&self) -> bool {
         self.frame.is_none()
     }

@@ -37,14 +37,15 @@ impl PinQuota {
     /// The pin of one page, without a share to take it from.
     ///
     /// # Errors
-    /// `Busy`: too many are held.
+    /// `Busy` if too many pages are held.
     pub(crate) fn take_one(this: &Arc<PinQuota>) -> Result<Pin> {
         this.hold(1)?;
         Ok(Pin(this.clone()))
     }
 
     fn hold(&self, count: usize) -> Result<()> {
-        // Counted only if it fits: what is refused must not, for a moment, be in the way of others.
+        // Counted only if it fits: a refused share must not get in the way of others even for a
+        // moment.
         let fits = |held: usize| held.checked_add(count).filter(|all| *all <= self.most);
         let Err(held) = self.held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits) else {
             return Ok(());

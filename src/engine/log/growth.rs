@@ -76,8 +76,8 @@ impl Log {
         self.growth.goal = self.growth.made;
     }
 
-    /// The segment that was being made can't be made. Returns whether the attempt before had
-    /// succeeded, so that this failure is new.
+    /// Called when the segment can't be made. Returns whether the attempt before had succeeded, so
+    /// that this failure is new.
     pub(crate) fn segment_not_made(&mut self) -> bool {
         assert!(self.is_growing(), "a segment was being made");
         if planted!(SegmentCountedUnmade) {

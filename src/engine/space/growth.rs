@@ -24,7 +24,7 @@ pub(in crate::engine) enum Gain {
     Space,
 }
 
-/// Who was asked for more space.
+/// Where a shard has requested more space.
 #[derive(Clone, Copy, Default)]
 pub(in crate::engine) enum SpaceAsked {
     #[default]

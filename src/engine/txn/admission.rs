@@ -167,9 +167,9 @@ impl Shard {
         false
     }
 
-    /// Whether memory holds what would be dirty then: pages in a quarter of it, freed ones on their
-    /// way into the map among them, and map nodes in their part of it. One commit goes alone if
-    /// it must. If not, what is dirty is written.
+    /// Whether memory can hold everything that would then be dirty: pages in a quarter of it,
+    /// including freed ones on their way into the map, and map nodes in their part of it. A commit
+    /// may go alone if it must. If memory can't, what is dirty is written.
     fn dirty_fits(&mut self, changes: u64, ahead: Ahead) -> bool {
         let memory = u64::from(self.ctx.limits.memory_blocks);
         let dirty = self.dirty_pages();

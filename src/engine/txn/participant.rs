@@ -65,7 +65,7 @@ impl Shard {
         let age = precedence::age(of, ask.since);
         let is_behind = self.is_behind(age);
         if is_behind || !self.reservations.holds_little_for_parts() {
-            // To wait here could be to wait for a hold that this very commit has elsewhere.
+            // Waiting here could mean waiting for a hold that this very commit has elsewhere.
             let behind = if is_behind { Behind::Commits } else { Behind::Callers };
             self.note_vote(age, &Vote::Busy, behind);
             self.ctx.send(owner, Message::Vote(txn, Vote::Busy));
