@@ -60,7 +60,7 @@ impl Log {
         self.is_growing().then(|| SegmentNo::new(self.growth.made))
     }
 
-    /// The segment that was being made exists. Returns the next one to make.
+    /// Called when the segment that was being made exists. Returns the next one to make.
     pub(crate) fn segment_made(&mut self) -> Option<SegmentNo> {
         assert!(self.is_growing(), "a segment was being made");
         self.growth.made += 1;
@@ -71,7 +71,7 @@ impl Log {
         self.next_to_make()
     }
 
-    /// No more segments are wanted than there are.
+    /// Ends the growth with the segments that there are.
     pub(crate) fn end_growth(&mut self) {
         self.growth.goal = self.growth.made;
     }

@@ -358,8 +358,8 @@ impl Log {
         flying.chain(self.open.first_lsn()).min().unwrap_or(Lsn::MAX)
     }
 
-    /// What the superblock records of the log. `end` is its [`end`](Self::end) after a clean close,
-    /// else nothing.
+    /// What the superblock records about the log. `end` is its [`end`](Self::end) after a clean
+    /// close, otherwise the default.
     pub(crate) fn state(&self, end: LogEnd) -> LogState {
         LogState { segments_made: self.growth.made(), end }
     }

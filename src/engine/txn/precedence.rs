@@ -87,7 +87,8 @@ impl Shard {
         self.front().is_some_and(|front| front.behind == Behind::Callers)
     }
 
-    /// A part got this vote: it may go in front of those `behind`, or leave its place there.
+    /// Records that a part got this vote: it may go in front of those `behind`, or leave its place
+    /// there.
     pub(in crate::engine) fn note_vote(&mut self, age: Age, vote: &Vote, behind: Behind) {
         match vote {
             Vote::Busy | Vote::Conflict => {
