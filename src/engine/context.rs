@@ -33,11 +33,11 @@ pub(super) struct CheckpointStatus {
     pub wanted: bool,
     /// Whether one is in progress.
     pub active: bool,
-    /// Dirty pages must go to their places.
+    /// Whether dirty pages must go to their places.
     pub wants_pages: bool,
-    /// They must go at once: somebody waits for the end of the checkpoint.
+    /// Whether they must go at once, since something waits for the end of the checkpoint.
     pub is_urgent: bool,
-    /// What is open must become durable now.
+    /// Whether the open group must become durable now.
     pub wants_groups: bool,
 }
 

@@ -290,7 +290,7 @@ impl Shard {
         let parts = self.log.flushed(&set.numbers);
         self.watermark.publish(&mut self.ctx, self.log.bound());
         self.ctx.need(Work::Groups);
-        // Whoever waited for this group may commit again.
+        // Clients that waited for this group may commit again.
         self.writeback.note_activity(self.ctx.now);
         self.ctx.need(Work::Checkpoint);
         parts

@@ -43,13 +43,13 @@ pub enum Message {
     Failed(Error),
     /// A checkpoint is wanted.
     WantCheckpoint(Pace),
-    /// One begins.
+    /// A checkpoint begins.
     Begin(Begin),
     /// The sender waits for the end of the checkpoint under way.
     AskForHurry,
-    /// Somebody waits for its end.
+    /// Something waits for the end of the checkpoint.
     Hurry,
-    /// The sender has begun it.
+    /// The sender has begun the checkpoint.
     Began,
     /// Every shard has begun it: the new roots must reflect every record up to here.
     Redo(Lsn),
@@ -160,7 +160,7 @@ pub struct Begin {
 pub enum Pace {
     /// Spread over the log that is left.
     Spread,
-    /// At once: somebody waits for its end.
+    /// At once: something waits for its end.
     Urgent,
 }
 

@@ -2,9 +2,9 @@
 //! holders of the memory give it back, or refuses the first request in the queue.
 //!
 //! Invariants
-//! 1. Nobody is refused while something under way will give memory back, unless what readers have
-//!    pinned is the cause.
-//! 2. One refusal at a time in each queue: who comes next looks again.
+//! 1. No request is refused while something in progress will give memory back, unless pages pinned
+//!    by readers are the cause.
+//! 2. Each queue gets one refusal at a time: the next request looks again.
 //! 3. If no request is answered for [`MEMORY_WAIT_MAX_US`] while a step meets the shortage again and
 //!    again, the first in its queue is refused, whatever the cause: there is no livelock.
 //!

@@ -73,7 +73,7 @@ pub(in crate::engine) struct Leader {
     superblock_frames: Vec<Frame>,
     phase: Phase,
     wanted: Option<Pace>,
-    /// Who has not begun, or is not ready.
+    /// How many shards have not begun, or are not ready.
     left: u16,
     begin: Option<Begin>,
     redo: Lsn,
@@ -153,7 +153,7 @@ impl Shard {
         self.ctx.need_checkpoint();
     }
 
-    /// Some shard wants a checkpoint.
+    /// Records that some shard wants a checkpoint.
     pub(in crate::engine) fn checkpoint_wanted(&mut self, pace: Pace) {
         assert!(self.leads(), "a checkpoint is asked of {:?}, which does not lead", self.ctx.id);
         self.checkpoint.leader.wanted = self.checkpoint.leader.wanted.max(Some(pace));
@@ -172,7 +172,7 @@ impl Shard {
         }
     }
 
-    /// A shard has redone its part of the log.
+    /// Records that a shard has redone its part of the log.
     pub(in crate::engine) fn shard_redone(&mut self) {
         self.checkpoint.leader.redone += 1;
         let (redone, all) = (self.checkpoint.leader.redone, self.ctx.shard_map.shards_count());

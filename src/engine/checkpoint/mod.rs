@@ -108,7 +108,7 @@ const LEFT_PER_FRAME_MAX: usize = 8;
 const NODE_OPS_MAX: u32 = 64;
 /// For how long nothing has been committed before a store is idle.
 const IDLE_US: Micros = 1_000_000;
-/// Roots that gather before they are written, so that neighbours go together.
+/// Roots that are collected before they are written, so that adjacent ones go together.
 const ROOTS_AT_A_TIME: usize = 64;
 
 impl std::fmt::Debug for Checkpoint {
@@ -242,9 +242,9 @@ impl Shard {
         }
     }
 
-    /// Whether a checkpoint is due, and how fast it must be: somebody asks for one, the log or the
-    /// list of blocks to be retired has become long, many nodes are dirty, or the shard is idle.
-    /// Checkpoints for the sake of space are asked for [there](Self::advance_space).
+    /// Whether a checkpoint is due, and how fast it must be: because one was requested, the log or
+    /// the list of blocks to retire has become long, many nodes are dirty, or the shard is idle.
+    /// The [space](Self::advance_space) requests its own checkpoints.
     fn checkpoint_due(&self) -> Option<Pace> {
         let left_max = self.ctx.limits.memory_blocks as usize * LEFT_PER_FRAME_MAX;
         let memory_is_used = self.space.extents.pending_free_count() > left_max
@@ -292,7 +292,7 @@ impl Shard {
         }
     }
 
-    /// Somebody waits for the end of the checkpoint under way.
+    /// Called when something waits for the end of the checkpoint in progress.
     pub(in crate::engine) fn hurry_checkpoint(&mut self) {
         if let Some(begin) = &mut self.checkpoint.begin {
             begin.pace = Pace::Urgent;

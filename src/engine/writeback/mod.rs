@@ -56,11 +56,11 @@ pub(in crate::engine) struct WriteBack {
     dirty: VecDeque<PageIdx>,
     /// Pages in the queue that are clean: their newest version went to its place with a group.
     clean: usize,
-    /// When a page changed, a group became durable or dirty pages were taken last.
+    /// When a page last changed, a group last became durable, or dirty pages were last taken.
     quiet_since: Micros,
-    /// A window has passed since then.
+    /// Whether a window has passed since then.
     was_quiet: bool,
-    /// Somebody waits for clean pages.
+    /// Whether something waits for clean pages.
     hurried: bool,
     /// Pages that found no place: the next attempt is not before this.
     retry_at: Micros,
@@ -397,7 +397,7 @@ impl Shard {
         self.write_versions(blocks);
     }
 
-    /// A write of pages has ended.
+    /// Called when a write of pages has ended.
     pub(in crate::engine) fn pages_written(
         &mut self,
         versions: Vec<PageVersionIdx>,

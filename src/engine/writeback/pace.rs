@@ -1,11 +1,11 @@
-//! When dirty pages go to their places, and how many at a time.
+//! Decides when dirty pages go to their places, and how many at a time.
 //!
 //! The log has every change already, so a page that is written early costs the device time, and
 //! costs it again when the page changes once more. A dirty page is written for one of four reasons:
 //!
-//! 1. *Demand*: somebody waits for clean pages. A close, an opening, a checkpoint that a caller
-//!    waits for or that has to make room, a commit that found no memory. All pages, at once.
-//! 2. *Memory*: more than [`HIGH_SHARE`] of it is dirty. Down to [`LOW_SHARE`].
+//! 1. *Demand*: something waits for clean pages: a close, an opening, a checkpoint that a caller
+//!    waits for or that has to make room, or a commit that found no memory. All pages go at once.
+//! 2. *Memory*: more than [`HIGH_SHARE`] of it is dirty. Pages are written down to [`LOW_SHARE`].
 //! 3. *Checkpoint*: the pages that one needs in the map are spread over the log that is left and
 //!    over time, so that commits meet no burst. The law is that of PostgreSQL's spread checkpoints
 //!    (`checkpoint_completion_target`, manual, section 28.5): progress in pages follows progress in
@@ -26,11 +26,11 @@ use crate::base::Micros;
 /// This share of the memory (of 16) may be dirty before pages are written for its sake. Commits
 /// wait at 4.
 pub(super) const HIGH_SHARE: u64 = 3;
-/// Down to this share pages are written then.
+/// Then pages are written down to this share.
 pub(super) const LOW_SHARE: u64 = 2;
 /// A checkpoint's pages are written within this time at the latest.
 const SPREAD_US: Micros = 1_000_000;
-/// Pages of a checkpoint that are written together.
+/// How many pages of a checkpoint are written together.
 const SPREAD_BATCH: u64 = 64;
 
 /// What may be taken from the queue of dirty pages now.
@@ -45,10 +45,10 @@ pub(super) struct Due {
 }
 
 impl Due {
-    /// Somebody waits, and not only for what is durable.
+    /// For a demand that is not only for what is durable.
     pub const ALL: Due = Due { pages: usize::MAX, above_watermark: true, awaited_only: false };
 
-    /// So many of the pages that are durable in the log.
+    /// This many of the pages that are durable in the log.
     pub fn durable(pages: usize) -> Due {
         Due { pages, above_watermark: false, awaited_only: false }
     }
