@@ -144,7 +144,8 @@ fn whoever_has_the_store_open_is_named() {
     let store = block_on(Store::open(dir.path(), options())).expect("a store");
     let error = block_on(Store::open(dir.path(), options())).expect_err("it is open");
     assert!(
-        error.kind() == ErrorKind::InUse && error.to_string().contains("in this process already"),
+        error.kind() == ErrorKind::InUse
+            && error.to_string().contains("already open in this process"),
         "{error}"
     );
     let output = run(dir.path(), &["verify"]);
